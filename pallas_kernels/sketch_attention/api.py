@@ -1,0 +1,78 @@
+"""The one entry to attention over sketched keys and quantised values."""
+
+from jaxtyping import Array, Int32
+
+from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
+from pallas_kernels.sketch_attention import reference
+from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
+from pallas_kernels.sketch_attention.partial import Partial
+
+
+def sketch_attention(
+    query: SketchQuery,
+    keys: PackedKeys,
+    values: PackedValues,
+    layer: Int32[Array, ""],
+    *,
+    start: int,
+    stop: Int32[Array, "batch queries"],
+) -> Partial:
+    """Attention of each query to the stored tokens `start <= n < stop`.
+
+    Reads the packed arrays where they lie. Merge the result with other partials (an exact
+    window, another shard) by `merge`.
+
+    Args:
+        query: the queries and how they score sketches; `heads` is a multiple of the KV heads,
+            and query head `h` reads KV head `h // (heads // kv_heads)`.
+        keys: sketches of all layers.
+        values: value codes of all layers.
+        layer: which layer to read.
+        start: the first token that may be seen, the same for all rows.
+        stop: for each query, one past the last token it sees; nothing is seen where
+            `stop <= start`.
+
+    Returns:
+        Float32 output `[batch, queries, heads, head_dim]` and log-sum-exp
+        `[batch, queries, heads]`; 0 and -inf for a query that sees nothing.
+
+    Raises:
+        ValueError: the shapes do not describe one cache.
+    """
+    _check(query, keys, values)
+    return reference.sketch_attention(query, keys, values, layer, start=start, stop=stop)
+
+
+def _check(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> None:
+    heads, head_dim = query.vectors.shape[2:]
+    kv_heads, transform_dim, bits = query.transform.shape
+    layers, batch, _, tokens = keys.words.shape
+    value_rows = kv_heads * words_per_column(head_dim, values.bits)
+    expected = {
+        "keys.words": (keys.words, (layers, batch, kv_heads * (bits // 32), tokens)),
+        "values.words": (values.words, (layers, batch, value_rows, tokens)),
+        "values.affine": (values.affine, (layers, batch, kv_heads, tokens)),
+    }
+    if keys.scales is not None:
+        expected["keys.scales"] = (keys.scales, (layers, batch, 2 * kv_heads, tokens // 2))
+    problems = [
+        f"{name} has shape {array.shape}, expected {shape}"
+        for name, (array, shape) in expected.items()
+        if array.shape != shape
+    ]
+    if bits % 32:
+        problems.append(f"a sketch of {bits} bits does not pack into 32-bit words")
+    if heads % kv_heads:
+        problems.append(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    if transform_dim != head_dim:
+        problems.append(f"the transform takes {transform_dim} channels, queries have {head_dim}")
+    if query.vectors.shape[0] != batch:
+        problems.append(f"{query.vectors.shape[0]} rows of queries for {batch} rows of keys")
+    if tokens % TOKEN_BLOCK:
+        problems.append(f"{tokens} tokens are not a multiple of {TOKEN_BLOCK}")
+    if query.variance is not None and keys.scales is None:
+        problems.append("a variance correction needs the scalars of the keys")
+    if query.rope is not None and TOKEN_BLOCK % query.rope.period:
+        problems.append(f"a RoPE period of {query.rope.period} does not divide {TOKEN_BLOCK}")
+    if problems:
+        raise ValueError("sketch_attention: " + "; ".join(problems))
