@@ -1,0 +1,30 @@
+"""The compressed key-value cache, the heart of the library."""
+
+from h1bjax.cache.attend import append_and_attend
+from h1bjax.cache.dense import dense_attention
+from h1bjax.cache.keys import (
+    CodecParameters,
+    GaussianSigns,
+    LinearCode,
+    OrthogonalSigns,
+    TwoPlanes,
+)
+from h1bjax.cache.kv_cache import KVCache
+from h1bjax.cache.spec import PRESETS, CacheSpec, padded_capacity
+from h1bjax.cache.values import QuantisedValues, random_rotation
+
+__all__ = [
+    "PRESETS",
+    "CacheSpec",
+    "CodecParameters",
+    "GaussianSigns",
+    "KVCache",
+    "LinearCode",
+    "OrthogonalSigns",
+    "QuantisedValues",
+    "TwoPlanes",
+    "append_and_attend",
+    "dense_attention",
+    "padded_capacity",
+    "random_rotation",
+]

@@ -1,0 +1,70 @@
+"""Writing new tokens into the stored part of a cache."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int32
+
+from h1bjax.cache.keys import CodecParameters
+from h1bjax.cache.kv_cache import KVCache
+from h1bjax.cache.scoring import encode_keys
+from pallas_kernels.packing import pack_column, pack_scalar_pair, pack_scalars, scalar_index
+
+
+def append(
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    keys: Float[Array, "batch tokens kv_heads head_dim"],
+    values: Float[Array, "batch tokens kv_heads head_dim"],
+    positions: Int32[Array, "batch tokens"],
+    parameters: CodecParameters | None,
+    frequencies: Float[Array, "half_dim"],
+) -> KVCache:
+    """Encodes a chunk and writes it at its positions in one layer; the window is not touched.
+
+    Positions of -1 are not written. Lengths advance once, after all layers (`KVCache.advance`).
+    """
+    spec = cache.spec
+    row = jnp.arange(cache.batch)[:, None]
+    # Scatters drop what lies beyond the capacity; a negative index would wrap around instead.
+    position = jnp.where(positions < 0, cache.capacity, positions)
+
+    def write_tokens(array: Array | None, chunk: Array) -> Array:
+        assert array is not None
+        return array.at[layer, row, position].set(chunk.astype(array.dtype), mode="drop")
+
+    def write_columns(array: Array | None, columns: Array) -> Array:
+        assert array is not None
+        return array.at[layer, row, :, position].set(columns, mode="drop")
+
+    if spec.keys is None:
+        cache = replace(cache, keys=write_tokens(cache.keys, _channels(keys)))
+    else:
+        assert parameters is not None
+        encoded = encode_keys(spec, spec.keys, parameters, keys, positions, frequencies)
+        words = _channels(pack_column(encoded.bits, 1))
+        cache = replace(cache, key_words=write_columns(cache.key_words, words))
+        if encoded.scale is not None:
+            assert cache.key_scales is not None
+            half, column = scalar_index(position, cache.capacity)
+            pairs = rearrange(cache.key_scales, "l b (k half) t -> l b k half t", half=2)
+            pairs = pairs.at[layer, row, :, half, column].set(
+                pack_scalars(encoded.scale), mode="drop"
+            )
+            cache = replace(cache, key_scales=pairs.reshape(cache.key_scales.shape))
+    if spec.values is None:
+        return replace(cache, values=write_tokens(cache.values, _channels(values)))
+    codes, scale, zero = spec.values.encode(values)
+    words = _channels(pack_column(codes, spec.values.bits))
+    return replace(
+        cache,
+        value_words=write_columns(cache.value_words, words),
+        value_affine=write_columns(cache.value_affine, pack_scalar_pair(scale, zero)),
+    )
+
+
+def _channels(
+    per_head: Float[Array, "batch tokens kv_heads channels"],
+) -> Float[Array, "batch tokens all_channels"]:
+    return rearrange(per_head, "b t k c -> b t (k c)")

@@ -1,0 +1,369 @@
+"""Key codecs: how a key becomes sign bits, and how a query reads them.
+
+A key is stored as signs `c ∈ {±1}^b`, sometimes with one scalar `s`, and read as
+`k ≈ μ + s·A c`. Every codec here is a choice of the encoder and of the linear decoder `A`, so
+attention scores a key by one dot of signs: `s·(Aᵀq)·c/√D`. The parameters of a codec (`μ`, the
+projection and, where it is not the projection's transpose, `A`) belong to a layer's KV head and
+live in `CodecParameters`.
+"""
+
+from dataclasses import dataclass
+from math import pi
+from typing import ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+_EXACT = jax.lax.Precision.HIGHEST
+_WORD_BITS = 32
+
+
+class EncodedKeys(NamedTuple):
+    """Sketched keys before packing.
+
+    Attributes:
+        bits: True is +1.
+        scale: bf16, the scalar of each key; None for codecs without one.
+    """
+
+    bits: Bool[Array, "*tokens kv_heads bits"]
+    scale: Float[Array, "*tokens kv_heads"] | None
+
+    @property
+    def signs(self) -> Float[Array, "*tokens kv_heads bits"]:
+        """The sketch as float32 ±1."""
+        return jnp.where(self.bits, 1.0, -1.0)
+
+
+class CodecParameters(nnx.Module):
+    """What the key codec of every layer knows, float32, stacked over layers.
+
+    Attributes:
+        projection: `u = projection @ (k - mean)`.
+        mean: the mean key μ, of block-relative keys where the RoPE period is finite.
+        temperature: τ of each query head, a factor on sketched logits (fitted scores only).
+        offset: δ of each query head, added to sketched logits (fitted scores only).
+        transform: the decoder `A`, for codecs whose decoder is not derived from the projection.
+        levels: half the number of quantiser levels behind each bit (`LinearCode` only).
+        weight: the place value of each bit in its level (`LinearCode` only).
+    """
+
+    def __init__(
+        self,
+        projection: Float[Array, "layers kv_heads components head_dim"],
+        mean: Float[Array, "layers kv_heads head_dim"],
+        temperature: Float[Array, "layers heads"],
+        offset: Float[Array, "layers heads"],
+        transform: Float[Array, "layers kv_heads head_dim bits"] | None = None,
+        levels: Float[Array, "layers kv_heads bits"] | None = None,
+        weight: Float[Array, "layers kv_heads bits"] | None = None,
+    ):
+        self.projection = nnx.Param(projection)
+        self.mean = nnx.Param(mean)
+        self.temperature = nnx.Param(temperature)
+        self.offset = nnx.Param(offset)
+        self.transform = None if transform is None else nnx.Param(transform)
+        self.levels = None if levels is None else nnx.Param(levels)
+        self.weight = None if weight is None else nnx.Param(weight)
+
+
+class KeyCodec(Protocol):
+    """What the cache asks of a sketching key codec. `parameters` are those of one layer."""
+
+    scaled: ClassVar[bool]
+    """Whether a bf16 scalar is stored with each key."""
+    signed_query: ClassVar[bool]
+    """Whether queries are reduced to signs too."""
+    planes: ClassVar[int]
+    """How many bits hold one component, see `SketchQuery.planes`."""
+    data_free: ClassVar[bool]
+    """Whether the parameters of `init` are of use before calibration."""
+
+    def sketch_bits(self, head_dim: int) -> int:
+        """Sign bits per key, a multiple of 32. ValueError if the width does not pack."""
+        ...
+
+    def init(
+        self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
+    ) -> CodecParameters:
+        """Parameters that need no data: a seeded random projection, no mean, τ = 1, δ = 0."""
+        ...
+
+    def encode(
+        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
+    ) -> EncodedKeys:
+        """Sketches keys, in float32."""
+        ...
+
+    def query_transform(
+        self, parameters: CodecParameters
+    ) -> Float[Array, "kv_heads head_dim bits"]:
+        """`A`, by which queries are transformed; the projection's transpose if they are signed."""
+        ...
+
+    def logit_scale(self, head_dim: int) -> float:
+        """The factor from `s·(Aᵀq)·c` to a logit, before any temperature."""
+        ...
+
+    def noise(self, head_dim: int) -> tuple[float, int] | None:
+        """`(κ, d)`: the error of a decoded key has energy `κ·‖k - μ‖²`, spread over `d` directions.
+
+        None for codecs that have no variance correction.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianSigns:
+    """The sketch of H1B-KV as published (arXiv 2510.05529).
+
+    `c = sign(R k)` with R Gaussian, no mean and no scalar; the query is signed too, so a score is
+    `τ·(1 - 2·popcount(c(q) xor c(k))/b)`, here with `τ = √D` times the fitted temperature.
+    """
+
+    bits: int = 256
+    scaled: ClassVar[bool] = False
+    signed_query: ClassVar[bool] = True
+    planes: ClassVar[int] = 1
+    data_free: ClassVar[bool] = True
+
+    def sketch_bits(self, head_dim: int) -> int:
+        return _packable(self.bits)
+
+    def init(
+        self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
+    ) -> CodecParameters:
+        shape = (layers, kv_heads, self.sketch_bits(head_dim), head_dim)
+        return _uncalibrated(jax.random.normal(rng, shape), heads)
+
+    def encode(
+        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
+    ) -> EncodedKeys:
+        return EncodedKeys(_project(parameters, keys)[1] >= 0, None)
+
+    def query_transform(
+        self, parameters: CodecParameters
+    ) -> Float[Array, "kv_heads head_dim bits"]:
+        return jnp.swapaxes(parameters.projection[...], -1, -2)
+
+    def logit_scale(self, head_dim: int) -> float:
+        return head_dim**0.5 / self.sketch_bits(head_dim)
+
+    def noise(self, head_dim: int) -> tuple[float, int] | None:
+        return None
+
+
+@dataclass(frozen=True)
+class OrthogonalSigns:
+    """One sign per direction of an orthogonal basis, and a scalar.
+
+    `u = R(k - μ)`, `c = sign u`, `A = Rᵀ` and `s = ‖k - μ‖²/(u·c)`, 0 where u is 0: the decoded
+    key has the exact component along the key itself (RaBitQ, arXiv 2405.12497). R has orthonormal
+    columns where `b ≥ D` and orthonormal rows where `b < D`.
+
+    Attributes:
+        bits: b; by default the head dimension rounded up to a multiple of 32.
+    """
+
+    bits: int | None = None
+    scaled: ClassVar[bool] = True
+    signed_query: ClassVar[bool] = False
+    planes: ClassVar[int] = 1
+    data_free: ClassVar[bool] = True
+
+    def sketch_bits(self, head_dim: int) -> int:
+        return _round_up(head_dim, _WORD_BITS) if self.bits is None else _packable(self.bits)
+
+    def init(
+        self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
+    ) -> CodecParameters:
+        components = self.sketch_bits(head_dim)
+        return _uncalibrated(_orthogonal(rng, layers, kv_heads, components, head_dim), heads)
+
+    def encode(
+        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
+    ) -> EncodedKeys:
+        centred, u = _project(parameters, keys)
+        bits = u >= 0
+        return EncodedKeys(bits, _scalar(centred, jnp.sum(jnp.abs(u), axis=-1)))
+
+    def query_transform(
+        self, parameters: CodecParameters
+    ) -> Float[Array, "kv_heads head_dim bits"]:
+        return jnp.swapaxes(parameters.projection[...], -1, -2)
+
+    def logit_scale(self, head_dim: int) -> float:
+        return head_dim**-0.5
+
+    def noise(self, head_dim: int) -> tuple[float, int] | None:
+        # For Gaussian components E|u| = √(2/π)·√E[u²], so ‖s·c‖² is π/2 of ‖u‖²; fewer bits than
+        # channels leave the rest of the key to the error as well.
+        bits = self.sketch_bits(head_dim)
+        return pi / 2 * max(1.0, head_dim / bits) - 1, max(bits, head_dim) - 1
+
+
+@dataclass(frozen=True)
+class TwoPlanes:
+    """A sign and a magnitude bit per direction, and a scalar.
+
+    With `u = R(k - μ)` a component's code is ±3 where `|u_i| > 0.98·‖u‖/√C`, else ±1 (nearly the
+    best four levels for a Gaussian), written `2a + a'` with signs a and a'. The sketch is all a,
+    then all a'; `A = [2Rᵀ, Rᵀ]`; the scalar is that of `OrthogonalSigns` for the code.
+    """
+
+    scaled: ClassVar[bool] = True
+    signed_query: ClassVar[bool] = False
+    planes: ClassVar[int] = 2
+    data_free: ClassVar[bool] = True
+    threshold: ClassVar[float] = 0.98
+
+    def sketch_bits(self, head_dim: int) -> int:
+        return 2 * _round_up(head_dim, _WORD_BITS // 2)
+
+    def init(
+        self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
+    ) -> CodecParameters:
+        components = self.sketch_bits(head_dim) // 2
+        return _uncalibrated(_orthogonal(rng, layers, kv_heads, components, head_dim), heads)
+
+    def encode(
+        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
+    ) -> EncodedKeys:
+        centred, u = _project(parameters, keys)
+        typical = jnp.sqrt(jnp.mean(jnp.square(u), axis=-1, keepdims=True))
+        positive, large = u >= 0, jnp.abs(u) > self.threshold * typical
+        code_dot_u = jnp.sum(jnp.where(large, 3.0, 1.0) * jnp.abs(u), axis=-1)
+        bits = jnp.concatenate([positive, positive == large], axis=-1)
+        return EncodedKeys(bits, _scalar(centred, code_dot_u))
+
+    def query_transform(
+        self, parameters: CodecParameters
+    ) -> Float[Array, "kv_heads head_dim bits"]:
+        decoder = jnp.swapaxes(parameters.projection[...], -1, -2)
+        return jnp.concatenate([2.0 * decoder, decoder], axis=-1)
+
+    def logit_scale(self, head_dim: int) -> float:
+        return head_dim**-0.5
+
+    def noise(self, head_dim: int) -> tuple[float, int] | None:
+        return 0.132, self.sketch_bits(head_dim) // 2 - 1
+
+
+@dataclass(frozen=True)
+class LinearCode:
+    """The general form: uniform quantisers of any width behind the bits, and any linear decoder.
+
+    Bit j looks at one coordinate `x_j = projection_j·(k - μ)` in units of its quantiser step,
+    quantised to `level_j = clip(⌊x_j⌋ + levels_j, 0, 2·levels_j - 1)`, and is the binary digit of
+    that level with place value `weight_j`. A plain sign has `levels = weight = 1`. Transform
+    coding gives a component with n bits n rows that share their projection, have
+    `levels = 2ⁿ⁻¹` and weights 1, 2, … 2ⁿ⁻¹, and decoder columns `weight_j·step/2·basis`.
+
+    The parameters describe keys as they are, so they come from calibration; `init` gives a valid
+    but untuned start for keys of unit variance.
+    """
+
+    bits: int = 128
+    scaled: ClassVar[bool] = False
+    signed_query: ClassVar[bool] = False
+    planes: ClassVar[int] = 1
+    data_free: ClassVar[bool] = False
+
+    def sketch_bits(self, head_dim: int) -> int:
+        return _packable(self.bits)
+
+    def init(
+        self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
+    ) -> CodecParameters:
+        """Spreads the bits evenly over a random basis, with steps that cover ±2 per component."""
+        bits = self.sketch_bits(head_dim)
+        basis = _orthogonal(rng, layers, kv_heads, head_dim, head_dim)
+        bit = jnp.arange(bits)
+        component, place = bit % head_dim, bit // head_dim
+        depth = bits // head_dim + (component < bits % head_dim)
+        step = 4.0 / 2.0**depth
+        weight = 2.0**place
+        rows = basis[:, :, component]
+        parameters = _uncalibrated(rows / step[:, None], heads)
+        stacked = (layers, kv_heads, bits)
+        return CodecParameters(
+            parameters.projection[...],
+            parameters.mean[...],
+            parameters.temperature[...],
+            parameters.offset[...],
+            transform=jnp.swapaxes(rows * (weight * step / 2)[:, None], -1, -2),
+            levels=jnp.broadcast_to(2.0 ** (depth - 1), stacked),
+            weight=jnp.broadcast_to(weight, stacked),
+        )
+
+    def encode(
+        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
+    ) -> EncodedKeys:
+        levels, weight = parameters.levels[...], parameters.weight[...]
+        x = _project(parameters, keys)[1]
+        level = jnp.clip(jnp.floor(x) + levels, 0.0, 2.0 * levels - 1.0)
+        return EncodedKeys(jnp.floor(level / weight) % 2 == 1, None)
+
+    def query_transform(
+        self, parameters: CodecParameters
+    ) -> Float[Array, "kv_heads head_dim bits"]:
+        return parameters.transform[...]
+
+    def logit_scale(self, head_dim: int) -> float:
+        return head_dim**-0.5
+
+    def noise(self, head_dim: int) -> tuple[float, int] | None:
+        return None
+
+
+def _packable(bits: int) -> int:
+    if bits <= 0 or bits % _WORD_BITS:
+        raise ValueError(
+            f"a sketch of {bits} bits does not pack into 32-bit words; use a multiple of 32"
+        )
+    return bits
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _orthogonal(
+    rng: Key[Array, ""], layers: int, kv_heads: int, components: int, head_dim: int
+) -> Float[Array, "layers kv_heads components head_dim"]:
+    tall, narrow = max(components, head_dim), min(components, head_dim)
+    q, r = jnp.linalg.qr(jax.random.normal(rng, (layers, kv_heads, tall, narrow)))
+    # QR leaves the signs of R's diagonal open; fixing them makes the draw uniform.
+    q = q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
+    return q if components >= head_dim else jnp.swapaxes(q, -1, -2)
+
+
+def _uncalibrated(
+    projection: Float[Array, "layers kv_heads components head_dim"], heads: int
+) -> CodecParameters:
+    layers, kv_heads, _, head_dim = projection.shape
+    return CodecParameters(
+        projection,
+        mean=jnp.zeros((layers, kv_heads, head_dim)),
+        temperature=jnp.ones((layers, heads)),
+        offset=jnp.zeros((layers, heads)),
+    )
+
+
+def _project(
+    parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
+) -> tuple[Float[Array, "*tokens kv_heads head_dim"], Float[Array, "*tokens kv_heads components"]]:
+    centred = keys.astype(jnp.float32) - parameters.mean[...]
+    u = jnp.einsum("...kd,kcd->...kc", centred, parameters.projection[...], precision=_EXACT)
+    return centred, u
+
+
+def _scalar(
+    centred: Float[Array, "*tokens kv_heads head_dim"],
+    code_dot_u: Float[Array, "*tokens kv_heads"],
+) -> Float[Array, "*tokens kv_heads"]:
+    energy = jnp.sum(jnp.square(centred), axis=-1)
+    scale = jnp.where(code_dot_u > 0, energy / jnp.where(code_dot_u > 0, code_dot_u, 1.0), 0.0)
+    return scale.astype(jnp.bfloat16)

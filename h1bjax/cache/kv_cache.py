@@ -1,0 +1,217 @@
+"""The key-value cache: an immutable pytree of everything that decoding reads."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt16
+
+from h1bjax.cache.spec import CacheSpec, padded_capacity
+from h1bjax.config import LlamaConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Compressed keys and values of all layers, and an exact window.
+
+    Arrays are stacked over layers. Packed arrays keep tokens on the last axis, the layout that
+    TPUs read without copies and GPUs at full speed; `pallas_kernels.packing` defines the rows.
+    Exact arrays keep one token's channels together. Fields that the spec does not use are None.
+    Updates return a new cache; donate the old one, so that nothing is copied.
+
+    Attributes:
+        key_words: sign bits; `rows = kv_heads · sketch bits / 32`.
+        key_scales: one bf16 scalar per key, as bit patterns in paired rows;
+            `scalar_rows = 2·kv_heads`.
+        key_groups: room for codecs with scalars per group of tokens, as KIVI's per-channel
+            scale and zero (arXiv 2402.02750).
+        keys: exact keys after RoPE, in the compute dtype; `channels = kv_heads · head_dim`.
+        value_words: value codes; `rows = kv_heads · words per column`.
+        value_affine: bf16 scale and zero of each value in one word.
+        values: exact values, in the compute dtype.
+        window_keys: exact keys after RoPE of the first S tokens, then a ring of the latest W,
+            where token n ≥ S lies in slot `S + (n - S) mod W`.
+        window_values: the values of the same tokens.
+        lengths: tokens each row holds so far.
+        spec: what is stored. Static.
+        head_dim: channels of a key. Static.
+        limit: tokens each row may hold. Static.
+    """
+
+    key_words: Int32[Array, "layers batch rows tokens"] | None
+    key_scales: UInt16[Array, "layers batch scalar_rows half_tokens"] | None
+    key_groups: BFloat16[Array, "layers batch group_rows groups"] | None
+    keys: Float[Array, "layers batch tokens channels"] | None
+    value_words: Int32[Array, "layers batch rows tokens"] | None
+    value_affine: Int32[Array, "layers batch kv_heads tokens"] | None
+    values: Float[Array, "layers batch tokens channels"] | None
+    window_keys: BFloat16[Array, "layers batch window channels"] | None
+    window_values: BFloat16[Array, "layers batch window channels"] | None
+    lengths: Int32[Array, "batch"]
+    spec: CacheSpec = field(metadata={"static": True})
+    head_dim: int = field(metadata={"static": True})
+    limit: int = field(metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls,
+        config: LlamaConfig,
+        spec: CacheSpec,
+        *,
+        batch: int,
+        max_length: int,
+        dtype: DTypeLike = jnp.bfloat16,
+    ) -> Self:
+        """An empty cache.
+
+        Args:
+            config: the model's.
+            spec: what to store.
+            batch: sequences.
+            max_length: tokens each sequence can hold; rounded up to a multiple of 128.
+            dtype: the compute dtype, in which exact keys and values are stored.
+
+        Raises:
+            ValueError: a size is not positive, or `max_length` exceeds the model's sliding window.
+        """
+        if batch <= 0:
+            raise ValueError(f"batch={batch} must be positive")
+        capacity = padded_capacity(max_length)
+        if config.sliding_window is not None and max_length > config.sliding_window:
+            raise ValueError(
+                f"max_length={max_length} exceeds the model's sliding window of "
+                f"{config.sliding_window} tokens, which the cache does not implement; "
+                f"use max_length <= {config.sliding_window}"
+            )
+        heads, head_dim = config.num_kv_heads, config.head_dim
+        channels = heads * head_dim
+
+        def zeros(shape: tuple[int, int], dtype: DTypeLike) -> Array:
+            return jnp.zeros((config.num_layers, batch, *shape), dtype)
+
+        if spec.keys is None:
+            key_words = key_scales = None
+            keys = zeros((capacity, channels), dtype)
+        else:
+            rows = heads * spec.keys.sketch_bits(head_dim) // 32
+            key_words = zeros((rows, capacity), jnp.int32)
+            paired = (2 * heads, capacity // 2)
+            key_scales = zeros(paired, jnp.uint16) if spec.keys.scaled else None
+            keys = None
+        if spec.values is None:
+            value_words = value_affine = None
+            values = zeros((capacity, channels), dtype)
+        else:
+            value_words = zeros((heads * spec.values.words(head_dim), capacity), jnp.int32)
+            value_affine = zeros((heads, capacity), jnp.int32)
+            values = None
+        window = (spec.exact_tokens, channels)
+        return cls(
+            key_words=key_words,
+            key_scales=key_scales,
+            key_groups=None,
+            keys=keys,
+            value_words=value_words,
+            value_affine=value_affine,
+            values=values,
+            window_keys=zeros(window, jnp.bfloat16) if spec.exact_tokens else None,
+            window_values=zeros(window, jnp.bfloat16) if spec.exact_tokens else None,
+            lengths=jnp.zeros(batch, jnp.int32),
+            spec=spec,
+            head_dim=head_dim,
+            limit=min(capacity, config.sliding_window or capacity),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens allocated per sequence, a multiple of 128."""
+        if self.keys is not None:
+            return self.keys.shape[2]
+        assert self.key_words is not None
+        return self.key_words.shape[3]
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, `lengths` excluded; equals `spec.nbytes`."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self)) - self.lengths.nbytes
+
+    def accepts(self, positions: Int32[Array, "batch tokens"]) -> Bool[Array, "batch"]:
+        """Which rows can take tokens at these positions.
+
+        A row's valid positions must come first, continue its length one by one and stay below
+        the limit; -1 marks the padding after them.
+        """
+        tokens = positions.shape[1]
+        count = jnp.sum(positions >= 0, axis=1)
+        index = jnp.arange(tokens)
+        expected = jnp.where(index < count[:, None], self.lengths[:, None] + index, -1)
+        return jnp.all(positions == expected, axis=1) & (self.lengths + count <= self.limit)
+
+    def check(self, positions: Int32[Array, "batch tokens"]) -> None:
+        """Raises if concrete positions are refused by `accepts`; does nothing while tracing.
+
+        Raises:
+            ValueError: names the first offending row and why.
+        """
+        if positions.shape[0] != self.batch:
+            raise ValueError(f"{positions.shape[0]} rows of positions for a cache of {self.batch}")
+        if isinstance(positions, jax.core.Tracer) or isinstance(self.lengths, jax.core.Tracer):
+            return
+        refused = np.flatnonzero(~np.asarray(self.accepts(positions)))
+        if not refused.size:
+            return
+        row = int(refused[0])
+        length = int(self.lengths[row])
+        count = int(np.sum(np.asarray(positions[row]) >= 0))
+        if length + count > self.limit:
+            raise ValueError(
+                f"row {row} holds {length} of at most {self.limit} tokens and cannot take {count} "
+                "more; initialise the cache with a larger max_length, or grow it"
+            )
+        raise ValueError(
+            f"row {row} holds {length} tokens, so its positions must be {length}, {length + 1}, … "
+            f"followed by -1 for padding; got {np.asarray(positions[row]).tolist()}"
+        )
+
+    def advance(self, positions: Int32[Array, "batch tokens"]) -> Self:
+        """The cache with each row's length increased by its valid positions."""
+        count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+        return replace(self, lengths=self.lengths + count)
+
+    def grow(self, max_length: int) -> Self:
+        """A copy that can hold at least `max_length` tokens per row.
+
+        Raises:
+            ValueError: the model's sliding window forbids that many.
+        """
+        if max_length <= self.limit:
+            return self
+        if self.limit < self.capacity:
+            raise ValueError(
+                f"max_length={max_length} exceeds the model's sliding window of {self.limit} tokens"
+            )
+        added = padded_capacity(max_length) - self.capacity
+
+        def pad(array: Array | None, axis: int, amount: int) -> Array | None:
+            widths = [(0, amount if axis == index else 0) for index in range(4)]
+            return None if array is None else jnp.pad(array, widths)
+
+        return replace(
+            self,
+            key_words=pad(self.key_words, 3, added),
+            key_scales=pad(self.key_scales, 3, added // 2),
+            keys=pad(self.keys, 2, added),
+            value_words=pad(self.value_words, 3, added),
+            value_affine=pad(self.value_affine, 3, added),
+            values=pad(self.values, 2, added),
+            limit=self.capacity + added,
+        )

@@ -1,0 +1,55 @@
+"""The exact window: the first S tokens, and a ring of the latest W."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Bool, Float, Int32
+
+from h1bjax.cache.kv_cache import KVCache
+
+
+def window_positions(cache: KVCache) -> Int32[Array, "batch window"]:
+    """The position of the token in each slot, -1 where a slot is empty."""
+    sinks, window = cache.spec.sinks, cache.spec.window
+    length = cache.lengths[:, None]
+    sink = jnp.arange(sinks, dtype=jnp.int32)
+    first = sinks + jnp.arange(window, dtype=jnp.int32)
+    # The latest n < length with n ≡ first (mod W): whole turns of the ring after the first.
+    turns = (length - 1 - first) // max(window, 1)
+    ring = jnp.where(turns >= 0, first + window * turns, -1)
+    return jnp.concatenate([jnp.where(sink < length, sink, -1), ring], axis=1)
+
+
+def is_exact(
+    cache: KVCache, query: Int32[Array, "batch queries"], key: Int32[Array, "batch keys"]
+) -> Bool[Array, "batch queries keys"]:
+    """Whether a query at one position reads the key at another exactly: n < S or n > t - W."""
+    t, n = query[:, :, None], key[:, None, :]
+    return (n < cache.spec.sinks) | (n > t - cache.spec.window)
+
+
+def write_window(
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    keys: BFloat16[Array, "batch tokens channels"],
+    values: BFloat16[Array, "batch tokens channels"],
+    positions: Int32[Array, "batch tokens"],
+) -> KVCache:
+    """Writes a chunk's tokens into one layer's window, each slot at most once."""
+    sinks, window = cache.spec.sinks, cache.spec.window
+    end = jnp.max(positions, axis=1, keepdims=True)
+    slot = jnp.where(positions < sinks, positions, sinks + (positions - sinks) % window)
+    kept = (positions >= 0) & ((positions < sinks) | (positions > end - window))
+    # Slots beyond the window are dropped by the scatter.
+    slot = jnp.where(kept, slot, sinks + window)
+    row = jnp.arange(cache.batch)[:, None]
+
+    def write(array: Float[Array, "layers batch window channels"], chunk: Array) -> Array:
+        return array.at[layer, row, slot].set(chunk, mode="drop")
+
+    assert cache.window_keys is not None and cache.window_values is not None
+    return replace(
+        cache,
+        window_keys=write(cache.window_keys, keys),
+        window_values=write(cache.window_values, values),
+    )

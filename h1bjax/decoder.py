@@ -1,0 +1,384 @@
+"""The Llama-family decoder: a pure function of its parameters, tokens, positions and a cache."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32, Key
+
+from h1bjax.cache import CacheSpec, CodecParameters, KVCache, append_and_attend, dense_attention
+from h1bjax.config import LlamaConfig
+from h1bjax.parameters import decoder_parameters
+from h1bjax.rope import rope_frequencies
+from pallas_kernels.rotary import rotate
+
+EXACT = CacheSpec.preset("exact")
+
+
+class DecoderLayers(nnx.Module):
+    """Parameters of all layers, each stacked on a leading layers axis.
+
+    Attributes are those that `h1bjax.parameters.decoder_parameters` marks as stacked; those
+    which a model family lacks are None.
+    """
+
+    def __init__(self, parameters: Mapping[str, Array]):
+        def optional(name: str) -> nnx.Param | None:
+            return nnx.Param(parameters[name]) if name in parameters else None
+
+        self.attention_norm = nnx.Param(parameters["attention_norm"])
+        self.query = nnx.Param(parameters["query"])
+        self.key = nnx.Param(parameters["key"])
+        self.value = nnx.Param(parameters["value"])
+        self.output = nnx.Param(parameters["output"])
+        self.query_bias = optional("query_bias")
+        self.key_bias = optional("key_bias")
+        self.value_bias = optional("value_bias")
+        self.output_bias = optional("output_bias")
+        self.query_norm = optional("query_norm")
+        self.key_norm = optional("key_norm")
+        self.mlp_norm = nnx.Param(parameters["mlp_norm"])
+        self.gate = nnx.Param(parameters["gate"])
+        self.up = nnx.Param(parameters["up"])
+        self.down = nnx.Param(parameters["down"])
+        self.gate_bias = optional("gate_bias")
+        self.up_bias = optional("up_bias")
+        self.down_bias = optional("down_bias")
+
+
+class Decoder(nnx.Module):
+    """A Llama-family decoder whose attention reads a key-value cache.
+
+    It holds only parameters, so it is a pytree: jit it, differentiate it, shard it. Layers run
+    under `lax.scan`. Norms, RoPE angles and softmax are float32, the rest has the parameters'
+    dtype.
+
+    Attributes:
+        embedding: `[vocab, embed]`; also the unembedding of tied models.
+        layers: the stacked layers.
+        final_norm: `[embed]`.
+        unembedding: `[embed, vocab]`, None for tied models.
+        codec: parameters of the key codec that `spec` names; None for exact keys.
+        config: shape and arithmetic of the model. Static.
+        spec: the cache that `codec` was made for. Static.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        parameters: Mapping[str, Array],
+        spec: CacheSpec = EXACT,
+        codec: CodecParameters | None = None,
+    ):
+        """Builds the decoder around existing arrays.
+
+        Args:
+            config: the model's.
+            parameters: what `decoder_parameters(config)` lists, stacked.
+            spec: the cache to decode with.
+            codec: its parameters, see `init_codec`.
+
+        Raises:
+            ValueError: parameters are missing, unexpected or misshapen (all are listed), or
+                the spec sketches keys and there is no codec.
+        """
+        _check_parameters(config, parameters)
+        if (spec.keys is None) != (codec is None):
+            wanted = "needs codec parameters" if codec is None else "takes no codec parameters"
+            raise ValueError(f"cache spec {spec.name!r} {wanted}")
+        self.embedding = nnx.Param(parameters["embedding"])
+        self.layers = DecoderLayers(parameters)
+        self.final_norm = nnx.Param(parameters["final_norm"])
+        tied = config.tie_word_embeddings
+        self.unembedding = None if tied else nnx.Param(parameters["unembedding"])
+        self.codec = codec
+        self.config = config
+        self.spec = spec
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return self.embedding[...].dtype
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "batch tokens"],
+        cache: KVCache | None = None,
+        *,
+        exact_prefill: bool = False,
+        compressed: bool = False,
+    ) -> tuple[Float[Array, "batch tokens vocab"], KVCache | None]:
+        """Logits of the next token at every position, and the cache with these tokens appended.
+
+        Rows are right-padded with position -1. With a cache, valid positions continue each row's
+        length; a row whose positions do not, or do not fit, raises if the arrays are concrete.
+        While tracing it is left unwritten and its logits are NaN. Token ids outside the
+        vocabulary give NaN too.
+
+        Args:
+            tokens: token ids.
+            positions: position of each token in its row.
+            cache: holds the tokens before these; None attends among these tokens alone.
+            exact_prefill: whether tokens read their own chunk exactly, and only older tokens
+                from the compressed store.
+            compressed: without a cache, attend as through a fresh cache of `spec`; otherwise
+                attention without a cache is exact.
+
+        Raises:
+            ValueError: the cache is of another spec or batch, or refuses the positions; more
+                tokens than the model's sliding window without a cache.
+        """
+        hidden, cache = self.hidden(
+            tokens, positions, cache, exact_prefill=exact_prefill, compressed=compressed
+        )
+        return self.logits(hidden), cache
+
+    def hidden(
+        self,
+        tokens: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "batch tokens"],
+        cache: KVCache | None = None,
+        *,
+        exact_prefill: bool = False,
+        compressed: bool = False,
+    ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
+        """The final hidden states, from which `logits` makes logits. See `__call__`."""
+        if tokens.shape != positions.shape:
+            raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must agree")
+        x = self._embed(tokens)
+        if cache is None:
+            window = self.config.sliding_window
+            if window is not None and tokens.shape[1] > window:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens exceed the model's sliding window of {window}, "
+                    "which this decoder does not implement"
+                )
+            x = self._without_cache(x, positions, self.spec if compressed else EXACT)
+        else:
+            self.check_cache(cache)
+            cache.check(positions)
+            accepted = cache.accepts(positions)[:, None]
+            positions = jnp.where(accepted, positions, -1)
+            x, cache = self._with_cache(x, positions, cache, exact_prefill)
+            cache = cache.advance(positions)
+            x = jnp.where(accepted[..., None], x, jnp.nan)
+        return _rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
+
+    def logits(self, hidden: Float[Array, "*rows embed"]) -> Float[Array, "*rows vocab"]:
+        """Float32 logits of final hidden states."""
+        unembed = self.embedding[...].T if self.unembedding is None else self.unembedding[...]
+        return jnp.einsum("...e,ev->...v", hidden, unembed, preferred_element_type=jnp.float32)
+
+    def layer_outputs(
+        self, tokens: Int32[Array, "batch tokens"], positions: Int32[Array, "batch tokens"]
+    ) -> Float[Array, "embedding_and_layers batch tokens embed"]:
+        """The embedded tokens, then the residual stream after each layer, with exact attention."""
+        embedded = self._embed(tokens)
+        attend = self._dense(positions, EXACT)
+
+        def step(x: Array, layer: DecoderLayers) -> tuple[Array, Array]:
+            x, _ = self._layer(layer, None, x, positions, attend)
+            return x, x
+
+        _, outputs = jax.lax.scan(step, embedded, self.layers)
+        return jnp.concatenate([embedded[None], outputs])
+
+    def init_cache(self, *, batch: int, max_length: int) -> KVCache:
+        """An empty cache of this decoder's spec and dtype. See `KVCache.init`."""
+        return KVCache.init(
+            self.config, self.spec, batch=batch, max_length=max_length, dtype=self.dtype
+        )
+
+    def parameters(self) -> dict[str, Array]:
+        """The arrays that this decoder was built from, by name; without the codec's."""
+        return {
+            name: getattr(self.layers if info.stacked else self, name)[...]
+            for name, info in decoder_parameters(self.config).items()
+        }
+
+    def _embed(self, tokens: Int32[Array, "batch tokens"]) -> Float[Array, "batch tokens embed"]:
+        # Indexing alone would silently read the last row for an id beyond the vocabulary.
+        known = (tokens >= 0) & (tokens < self.config.vocab_size)
+        return jnp.where(known[..., None], self.embedding[...][tokens], jnp.nan)
+
+    def _without_cache(
+        self,
+        x: Float[Array, "batch tokens embed"],
+        positions: Int32[Array, "batch tokens"],
+        spec: CacheSpec,
+    ) -> Float[Array, "batch tokens embed"]:
+        attend = self._dense(positions, spec)
+
+        def step(x: Array, layer: tuple[DecoderLayers, CodecParameters | None]) -> tuple:
+            return self._layer(*layer, x, positions, attend)
+
+        return jax.lax.scan(step, x, (self.layers, self.codec))[0]
+
+    def _with_cache(
+        self,
+        x: Float[Array, "batch tokens embed"],
+        positions: Int32[Array, "batch tokens"],
+        cache: KVCache,
+        exact_prefill: bool,
+    ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
+        frequencies = self._frequencies()
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+
+        def step(carry: tuple[Array, KVCache], layer: tuple) -> tuple[tuple[Array, KVCache], None]:
+            x, cache = carry
+            index, weights, codec = layer
+
+            def attend(
+                codec: CodecParameters | None, query: Array, key: Array, value: Array
+            ) -> tuple[Array, KVCache]:
+                return append_and_attend(
+                    cache,
+                    index,
+                    query,
+                    key,
+                    value,
+                    positions,
+                    codec,
+                    frequencies,
+                    exact_chunk=exact_prefill,
+                )
+
+            return self._layer(weights, codec, x, positions, attend), None
+
+        # The stacked cache is the carry, so that each layer writes into it where it lies.
+        return jax.lax.scan(step, (x, cache), (indices, self.layers, self.codec))[0]
+
+    def _dense(self, positions: Int32[Array, "batch tokens"], spec: CacheSpec) -> "_Attend":
+        frequencies = self._frequencies()
+
+        def attend(
+            codec: CodecParameters | None, query: Array, key: Array, value: Array
+        ) -> tuple[Array, None]:
+            return (
+                dense_attention(spec, query, key, value, positions, codec, frequencies),
+                None,
+            )
+
+        return attend
+
+    def _layer(
+        self,
+        layer: DecoderLayers,
+        codec: CodecParameters | None,
+        x: Float[Array, "batch tokens embed"],
+        positions: Int32[Array, "batch tokens"],
+        attend: "_Attend",
+    ) -> tuple[Float[Array, "batch tokens embed"], Any]:
+        """One layer; `attend` gives the attention output and whatever it updated."""
+        eps = self.config.rms_norm_eps
+        normed = _rms_norm(x, layer.attention_norm, eps)
+        query = _add(jnp.einsum("bte,ehd->bthd", normed, layer.query[...]), layer.query_bias)
+        key = _add(jnp.einsum("bte,ekd->btkd", normed, layer.key[...]), layer.key_bias)
+        value = _add(jnp.einsum("bte,ekd->btkd", normed, layer.value[...]), layer.value_bias)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = _rms_norm(query, layer.query_norm, eps)
+            key = _rms_norm(key, layer.key_norm, eps)
+        frequencies, heads = self._frequencies(), positions[..., None]
+        attended, updated = attend(
+            codec, rotate(query, heads, frequencies), rotate(key, heads, frequencies), value
+        )
+        output = jnp.einsum("bthd,hde->bte", attended, layer.output[...])
+        x = x + _add(output, layer.output_bias)
+
+        normed = _rms_norm(x, layer.mlp_norm, eps)
+        gate = _add(jnp.einsum("bte,ef->btf", normed, layer.gate[...]), layer.gate_bias)
+        up = _add(jnp.einsum("bte,ef->btf", normed, layer.up[...]), layer.up_bias)
+        down = jnp.einsum("btf,fe->bte", jax.nn.silu(gate) * up, layer.down[...])
+        return x + _add(down, layer.down_bias), updated
+
+    def _frequencies(self) -> Float[Array, "half_dim"]:
+        return jnp.asarray(rope_frequencies(self.config))
+
+    def check_cache(self, cache: KVCache) -> None:
+        """Raises ValueError if the cache's sketches are not of this decoder's codec."""
+        ours, theirs = self.spec, cache.spec
+        if theirs.keys is None:
+            return
+        if (ours.keys, ours.rope_period) != (theirs.keys, theirs.rope_period):
+            raise ValueError(
+                f"the cache stores keys as {theirs.name!r}, but this decoder has the codec of "
+                f"{ours.name!r}; make the cache with decoder.init_cache, or load the model with "
+                f"cache={theirs.name!r}"
+            )
+
+
+_Attend = Callable[[CodecParameters | None, Array, Array, Array], tuple[Array, Any]]
+
+
+def init_codec(config: LlamaConfig, spec: CacheSpec, rng: Key[Array, ""]) -> CodecParameters | None:
+    """Codec parameters that need no calibration: seeded random projections, no mean.
+
+    Returns:
+        None for a spec with exact keys.
+    """
+    if spec.keys is None:
+        return None
+    return spec.keys.init(
+        rng, config.num_layers, config.num_kv_heads, config.num_heads, config.head_dim
+    )
+
+
+def fold_value_rotation(
+    config: LlamaConfig,
+    parameters: Mapping[str, Array],
+    rotation: Float[Array, "layers kv_heads head_dim head_dim"],
+) -> dict[str, Array]:
+    """Parameters of the same function whose values are `v' = H v`.
+
+    H goes into the value projection and its bias, its transpose into the output projection of
+    every query head that reads the KV head.
+
+    Args:
+        config: the model's.
+        parameters: what `decoder_parameters(config)` lists, stacked.
+        rotation: an orthogonal H for each layer's KV head.
+    """
+
+    def apply(pattern: str, array: Array, rotation: Array) -> Array:
+        rotated = jnp.einsum(
+            pattern,
+            array.astype(jnp.float32),
+            rotation.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return rotated.astype(array.dtype)
+
+    folded = dict(parameters)
+    folded["value"] = apply("lekd,lkcd->lekc", parameters["value"], rotation)
+    if "value_bias" in parameters:
+        folded["value_bias"] = apply("lkd,lkcd->lkc", parameters["value_bias"], rotation)
+    per_query_head = jnp.repeat(rotation, config.num_heads // config.num_kv_heads, axis=1)
+    folded["output"] = apply("lhde,lhcd->lhce", parameters["output"], per_query_head)
+    return folded
+
+
+def _check_parameters(config: LlamaConfig, parameters: Mapping[str, Array]) -> None:
+    table = decoder_parameters(config)
+    problems = [f"{name} is missing" for name in table if name not in parameters]
+    problems += [f"{name} is not a parameter" for name in parameters if name not in table]
+    for name, info in table.items():
+        expected = ((config.num_layers,) if info.stacked else ()) + info.shape
+        if name in parameters and parameters[name].shape != expected:
+            problems.append(f"{name} has shape {parameters[name].shape}, expected {expected}")
+    if problems:
+        raise ValueError("decoder parameters: " + "; ".join(problems))
+
+
+def _rms_norm(
+    x: Float[Array, "*rows channels"], weight: nnx.Param, eps: float
+) -> Float[Array, "*rows channels"]:
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return weight[...] * normed.astype(x.dtype)
+
+
+def _add(x: Array, bias: nnx.Param | None) -> Array:
+    return x if bias is None else x + bias[...]
