@@ -47,13 +47,14 @@ SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def resolve_model(path_or_id: str | PathLike[str]) -> Path:
+def resolve_model(path_or_id: str | PathLike[str], *, config_only: bool = False) -> Path:
     """Finds the folder of a model, downloading it from the Hugging Face hub where needed.
 
     Only configuration, tokenizer and safetensors files are downloaded; pickle files never are.
 
     Args:
         path_or_id: an existing folder (no network is touched), or a hub id such as "org/name".
+        config_only: whether the two files that `LlamaConfig.from_hf` reads are enough.
 
     Returns:
         The folder.
@@ -83,10 +84,11 @@ def resolve_model(path_or_id: str | PathLike[str]) -> Path:
     # The base class of the HTTP client that this huggingface_hub uses: connection failures derive
     # from it, and need not be OSErrors.
     transport_error: type[Exception] = HfHubHTTPError.__mro__[1]
+    everything = ["*.json", "*.safetensors", *TOKENIZER_PATTERNS]
     try:
         downloaded = snapshot_download(
             name,
-            allow_patterns=["*.json", "*.safetensors", *TOKENIZER_PATTERNS],
+            allow_patterns=["config.json", GENERATION_FILE] if config_only else everything,
             # Subfolders and consolidated files hold second copies of the same weights.
             ignore_patterns=["*/*", "consolidated*", *PICKLE_PATTERNS],
         )
@@ -197,7 +199,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     source = None if source is None else Path(source)
-    _check_destination(folder, source)
+    check_destination(folder, source)
     if not max_shard_bytes > 0:
         raise ValueError(f"max_shard_bytes must be positive, and is {max_shard_bytes}.")
     table = decoder_parameters(config)
@@ -426,7 +428,13 @@ class _StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def _check_destination(folder: Path, source: Path | None) -> None:
+def check_destination(folder: Path, source: Path | None = None) -> None:
+    """Checks that `save_pretrained` can write there.
+
+    Raises:
+        FileNotFoundError: `source` is not a folder.
+        ValueError: `folder` is not empty, is `source` or is a file.
+    """
     if source is not None and not source.is_dir():
         raise FileNotFoundError(f"There is no source folder {source}.")
     if source is not None and folder.resolve() == source.resolve():
