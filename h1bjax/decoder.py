@@ -1,6 +1,7 @@
 """The Llama-family decoder: a pure function of its parameters, tokens, positions and a cache."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -148,7 +149,6 @@ class Decoder(nnx.Module):
         """The final hidden states, from which `logits` makes logits. See `__call__`."""
         if tokens.shape != positions.shape:
             raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must agree")
-        x = self._embed(tokens)
         if cache is None:
             window = self.config.sliding_window
             if window is not None and tokens.shape[1] > window:
@@ -156,22 +156,19 @@ class Decoder(nnx.Module):
                     f"{tokens.shape[1]} tokens exceed the model's sliding window of {window}, "
                     "which this decoder does not implement"
                 )
-            x = self._without_cache(x, positions, self.spec if compressed else EXACT)
         else:
             self.check_cache(cache)
             cache.check(positions)
-            accepted = cache.accepts(positions)[:, None]
-            positions = jnp.where(accepted, positions, -1)
-            x, cache = self._with_cache(x, positions, cache, exact_prefill)
-            cache = cache.advance(positions)
-            x = jnp.where(accepted[..., None], x, jnp.nan)
-        return _rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
+        return self._hidden(
+            tokens, positions, cache, exact_prefill=exact_prefill, compressed=compressed
+        )
 
     def logits(self, hidden: Float[Array, "*rows embed"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of final hidden states."""
         unembed = self.embedding[...].T if self.unembedding is None else self.unembedding[...]
         return jnp.einsum("...e,ev->...v", hidden, unembed, preferred_element_type=jnp.float32)
 
+    @jax.jit
     def layer_outputs(
         self, tokens: Int32[Array, "batch tokens"], positions: Int32[Array, "batch tokens"]
     ) -> Float[Array, "embedding_and_layers batch tokens embed"]:
@@ -203,6 +200,28 @@ class Decoder(nnx.Module):
         # Indexing alone would silently read the last row for an id beyond the vocabulary.
         known = (tokens >= 0) & (tokens < self.config.vocab_size)
         return jnp.where(known[..., None], self.embedding[...][tokens], jnp.nan)
+
+    # Compiled here, so that calls outside of any jit do not compile the layers again each time.
+    @partial(jax.jit, static_argnames=("exact_prefill", "compressed"))
+    def _hidden(
+        self,
+        tokens: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "batch tokens"],
+        cache: KVCache | None,
+        *,
+        exact_prefill: bool,
+        compressed: bool,
+    ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
+        x = self._embed(tokens)
+        if cache is None:
+            x = self._without_cache(x, positions, self.spec if compressed else EXACT)
+        else:
+            accepted = cache.accepts(positions)[:, None]
+            positions = jnp.where(accepted, positions, -1)
+            x, cache = self._with_cache(x, positions, cache, exact_prefill)
+            cache = cache.advance(positions)
+            x = jnp.where(accepted[..., None], x, jnp.nan)
+        return _rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
 
     def _without_cache(
         self,

@@ -78,8 +78,14 @@ class RowText:
     def after(
         cls, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: tuple[str, ...]
     ) -> Self:
-        """The empty continuation of a prompt, whose last token decides about a leading space."""
-        return cls(tokenizer.stream().push(prompt[-1])[1], stop_strings)
+        """The empty continuation of a prompt.
+
+        Only a text's first token loses the space that the tokenizer puts before it, so none is
+        lost after a prompt that ends in text.
+        """
+        stream = tokenizer.stream()
+        after_text = bool(stream.piece(prompt[-1]).data)
+        return cls(replace(stream, to_strip=0) if after_text else stream, stop_strings)
 
     def push(self, token: int) -> tuple[str, Self]:
         """Adds a token; returns the text that is certain now."""

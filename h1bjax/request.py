@@ -88,7 +88,7 @@ def prepare_cache(
         raise ValueError(f"max_new_tokens={options.max_new_tokens} must be at least 1")
     cache, lengths = options.cache, [0] * len(prompts)
     if cache is not None:
-        if cache.lengths.is_deleted():
+        if any(array.is_deleted() for array in jax.tree.leaves(cache)):
             raise ValueError(
                 "this cache was already continued, which consumed it; use the cache of the latest "
                 "output"

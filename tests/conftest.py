@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from toy import byte_level, readable, sentencepiece, write_toy
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,21 @@ def shared_data() -> Path:
 def stories(shared_data: Path) -> Path:
     """A real pretrained Llama of 260 thousand parameters."""
     return shared_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory) -> Path:
+    """A small random Llama with a byte-level tokenizer, whose text is mostly printable."""
+    return write_toy(tmp_path_factory.mktemp("toy"), byte_level(), readable)
+
+
+@pytest.fixture(scope="session")
+def bos_folder(tmp_path_factory) -> Path:
+    """The same with a SentencePiece-style tokenizer that adds a BOS, and text of any bytes."""
+    return write_toy(tmp_path_factory.mktemp("bos"), sentencepiece())
+
+
+@pytest.fixture(scope="session")
+def untokenized_folder(tmp_path_factory) -> Path:
+    """The same without a tokenizer."""
+    return write_toy(tmp_path_factory.mktemp("untokenized"), None, readable)

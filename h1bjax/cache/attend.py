@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, BFloat16, Bool, Float, Int32
 
 from h1bjax.cache.append import append
-from h1bjax.cache.exact import exact_logits, exact_scores, exact_values
+from h1bjax.cache.exact import exact_logits, exact_scores, exact_vectors
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.scoring import sketch_query
@@ -18,7 +18,7 @@ from pallas_kernels.sketch_attention import (
     sketch_attention,
     softmax_partial,
 )
-from pallas_kernels.sketch_attention.blocks import attend_blocks, heads_last
+from pallas_kernels.sketch_attention.blocks import BlockScores, attend_blocks, heads_last
 from pallas_kernels.sketch_attention.reference import packed_values, sketch_scores
 
 
@@ -53,7 +53,8 @@ def append_and_attend(
     """
     stored = append(cache, layer, keys, values, positions, parameters, frequencies)
     stop = positions - cache.spec.window + 1
-    exact_chunk = exact_chunk and cache.spec.keys is not None
+    # An exact cache holds the chunk as it is, so there is nothing to read elsewhere.
+    exact_chunk = exact_chunk and (cache.spec.keys, cache.spec.values) != (None, None)
     if exact_chunk:
         stop = jnp.minimum(stop, cache.lengths[:, None])
     partial = _attend_stored(stored, layer, query, parameters, frequencies, stop)
@@ -61,7 +62,7 @@ def append_and_attend(
         exact = _attend_exact(cache, layer, query, keys, values, positions, exact_chunk)
         partial = merge(partial, exact)
     if cache.window_keys is not None:
-        stored = write_window(stored, layer, _window(keys), _window(values), positions)
+        stored = write_window(stored, layer, _as_window(keys), _as_window(values), positions)
     return partial.output.astype(query.dtype), stored
 
 
@@ -73,42 +74,50 @@ def _attend_stored(
     frequencies: Float[Array, "half_dim"],
     stop: Int32[Array, "batch tokens"],
 ) -> Partial:
-    spec, head_dim = cache.spec, cache.head_dim
-    shift: Float[Array, "batch tokens heads"] | float = 0.0
+    """Attention to the stored tokens `sinks <= n < stop`."""
+    spec = cache.spec
     packed = None
     if spec.values is not None:
         assert cache.value_words is not None and cache.value_affine is not None
         packed = PackedValues(cache.value_words, cache.value_affine, spec.values.bits)
     if spec.keys is None:
         assert cache.keys is not None
-        kv_heads = cache.keys.shape[-1] // head_dim
-        scores = exact_scores(cache.keys, layer, query, kv_heads)
-    else:
-        assert parameters is not None and cache.key_words is not None
-        scoring, shift = sketch_query(spec, spec.keys, parameters, query, frequencies)
-        sketched = PackedKeys(cache.key_words, cache.key_scales)
-        if packed is not None:
-            partial = sketch_attention(
-                scoring, sketched, packed, layer, start=spec.sinks, stop=stop
-            )
-            return Partial(partial.output, partial.lse + shift)
-        kv_heads = scoring.transform.shape[0]
-        scores = sketch_scores(scoring, sketched, layer)
+        scores = exact_scores(cache.keys, layer, query)
+        return _attend_blocks(cache, layer, query, scores, packed, stop)
+    assert parameters is not None and cache.key_words is not None
+    scoring, shift = sketch_query(spec, spec.keys, parameters, query, frequencies)
+    keys = PackedKeys(cache.key_words, cache.key_scales)
     if packed is not None:
-        read_values = packed_values(packed, layer, head_dim)
+        partial = sketch_attention(scoring, keys, packed, layer, start=spec.sinks, stop=stop)
+    else:
+        scores = sketch_scores(scoring, keys, layer)
+        partial = _attend_blocks(cache, layer, query, scores, None, stop)
+    return Partial(partial.output, partial.lse + shift)
+
+
+def _attend_blocks(
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    query: Float[Array, "batch tokens heads head_dim"],
+    scores: BlockScores,
+    packed: PackedValues | None,
+    stop: Int32[Array, "batch tokens"],
+) -> Partial:
+    """Combinations of stored keys and values that have no kernel."""
+    if packed is not None:
+        values = packed_values(packed, layer, cache.head_dim)
     else:
         assert cache.values is not None
-        read_values = exact_values(cache.values, layer, kv_heads)
-    partial = attend_blocks(
+        values = exact_vectors(cache.values, layer, cache.head_dim)
+    return attend_blocks(
         scores,
-        read_values,
-        start=spec.sinks,
+        values,
+        start=cache.spec.sinks,
         stop=stop,
         capacity=cache.capacity,
-        kv_heads=kv_heads,
+        kv_heads=cache.kv_heads,
         query_shape=query.shape,
     )
-    return Partial(partial.output, partial.lse + shift)
 
 
 def _attend_exact(
@@ -122,28 +131,22 @@ def _attend_exact(
 ) -> Partial:
     """Attention to the window as it was before the chunk, and to the chunk itself."""
     kv_heads = keys.shape[2]
-    chunk = (keys, values) if exact_chunk else (_round(keys), _round(values))
+    if not exact_chunk:
+        keys, values = _as_window(keys), _as_window(values)
     seen = _causal(positions, positions)
     visible = seen if exact_chunk else seen & is_exact(cache, positions, positions)
-    exact_keys, exact_values = (x.astype(jnp.float32) for x in chunk)
     if cache.window_keys is not None and cache.window_values is not None:
         old = window_positions(cache)
         old_keys, old_values = (
-            rearrange(array[layer], "b s (k d) -> b s k d", k=kv_heads).astype(jnp.float32)
+            rearrange(array[layer], "b s (k d) -> b s k d", k=kv_heads)
             for array in (cache.window_keys, cache.window_values)
         )
-        exact_keys = jnp.concatenate([old_keys, exact_keys], axis=1)
-        exact_values = jnp.concatenate([old_values, exact_values], axis=1)
+        keys = jnp.concatenate([old_keys, keys], axis=1)
+        values = jnp.concatenate([old_values, values], axis=1)
         in_window = _causal(positions, old) & is_exact(cache, positions, old)
         visible = jnp.concatenate([in_window, visible], axis=2)
-    by_head = rearrange(exact_keys, "b s k d -> b k s d")
-    return heads_last(
-        softmax_partial(
-            exact_logits(query, by_head),
-            visible[:, None, None],
-            rearrange(exact_values, "b s k d -> b k s d"),
-        )
-    )
+    logits = exact_logits(query, jnp.moveaxis(keys, 2, 1))
+    return heads_last(softmax_partial(logits, visible[:, None, None], jnp.moveaxis(values, 2, 1)))
 
 
 def _causal(
@@ -152,10 +155,8 @@ def _causal(
     return (key[:, None] >= 0) & (key[:, None] <= query[..., None])
 
 
-def _window(x: Float[Array, "batch tokens kv_heads head_dim"]) -> Array:
-    return rearrange(x, "b t k d -> b t (k d)").astype(jnp.bfloat16)
-
-
-def _round(x: Float[Array, "batch tokens kv_heads head_dim"]) -> Array:
+def _as_window(
+    x: Float[Array, "batch tokens kv_heads head_dim"],
+) -> BFloat16[Array, "batch tokens kv_heads head_dim"]:
     """What a token reads as once it lies in the window."""
     return x.astype(jnp.bfloat16)

@@ -75,7 +75,7 @@ def _sketched_logits(
     kv_heads, head_dim = keys.shape[2:]
     encoded = encode_keys(spec, codec, parameters, keys, positions, frequencies)
     transform = codec.query_transform(parameters)
-    mean = jnp.broadcast_to(parameters.mean[...], keys.shape)
+    mean = jnp.broadcast_to(parameters.mean[...], (keys.shape[0], 1, kv_heads, head_dim))
     if codec.signed_query:
         read, features = _sign_features(query, transform), encoded.signs
     else:

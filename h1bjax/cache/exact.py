@@ -12,13 +12,14 @@ def exact_logits(
     query: Float[Array, "batch queries heads head_dim"],
     keys: Float[Array, "batch kv_heads keys head_dim"],
 ) -> Float[Array, "batch kv_heads groups queries keys"]:
-    """`q·k/√D` in float32."""
-    grouped = rearrange(query.astype(jnp.float32), "b q (k g) d -> b k g q d", k=keys.shape[1])
+    """`q·k/√D`, accumulated in float32; bf16 queries and keys are multiplied as they are."""
+    dtype = jnp.promote_types(query.dtype, keys.dtype)
     logits = jnp.einsum(
         "bkgqd,bktd->bkgqt",
-        grouped,
-        keys.astype(jnp.float32),
+        rearrange(query.astype(dtype), "b q (k g) d -> b k g q d", k=keys.shape[1]),
+        keys.astype(dtype),
         precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
     return logits / query.shape[-1] ** 0.5
 
@@ -27,20 +28,19 @@ def exact_scores(
     keys: Float[Array, "layers batch tokens channels"],
     layer: Int32[Array, ""],
     query: Float[Array, "batch queries heads head_dim"],
-    kv_heads: int,
 ) -> BlockScores:
     """Logits of the queries against any block of one layer's exact keys."""
-    read = exact_values(keys, layer, kv_heads)
+    read = exact_vectors(keys, layer, query.shape[-1])
     return lambda first, length: exact_logits(query, read(first, length))
 
 
-def exact_values(
-    values: Float[Array, "layers batch tokens channels"], layer: Int32[Array, ""], kv_heads: int
+def exact_vectors(
+    stored: Float[Array, "layers batch tokens channels"], layer: Int32[Array, ""], head_dim: int
 ) -> BlockValues:
-    """Float32 vectors of any block of one layer."""
+    """The vectors of any block of one layer, as they are stored."""
 
     def read(first: Int32[Array, ""], length: int) -> Float[Array, "batch kv_heads block head_dim"]:
-        block = read_block(values, layer, first, length, axis=2).astype(jnp.float32)
-        return rearrange(block, "b t (k d) -> b k t d", k=kv_heads)
+        block = read_block(stored, layer, first, length, axis=2)
+        return rearrange(block, "b t (k d) -> b k t d", d=head_dim)
 
     return read

@@ -7,9 +7,10 @@ projection and, where it is not the projection's transpose, `A`) belong to a lay
 live in `CodecParameters`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import pi
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,54 +70,59 @@ class CodecParameters(nnx.Module):
         self.weight = None if weight is None else nnx.Param(weight)
 
 
-class KeyCodec(Protocol):
+@dataclass(frozen=True)
+class KeyCodec(ABC):
     """What the cache asks of a sketching key codec. `parameters` are those of one layer."""
 
-    scaled: ClassVar[bool]
+    scaled: ClassVar[bool] = True
     """Whether a bf16 scalar is stored with each key."""
-    signed_query: ClassVar[bool]
+    signed_query: ClassVar[bool] = False
     """Whether queries are reduced to signs too."""
-    planes: ClassVar[int]
+    planes: ClassVar[int] = 1
     """How many bits hold one component, see `SketchQuery.planes`."""
-    data_free: ClassVar[bool]
+    data_free: ClassVar[bool] = True
     """Whether the parameters of `init` are of use before calibration."""
 
+    @abstractmethod
     def sketch_bits(self, head_dim: int) -> int:
-        """Sign bits per key, a multiple of 32. ValueError if the width does not pack."""
-        ...
+        """Sign bits per key, a multiple of 32.
 
+        Raises:
+            ValueError: the width does not pack into 32-bit words.
+        """
+
+    @abstractmethod
     def init(
         self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
     ) -> CodecParameters:
         """Parameters that need no data: a seeded random projection, no mean, τ = 1, δ = 0."""
-        ...
 
+    @abstractmethod
     def encode(
         self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
     ) -> EncodedKeys:
         """Sketches keys, in float32."""
-        ...
 
     def query_transform(
         self, parameters: CodecParameters
     ) -> Float[Array, "kv_heads head_dim bits"]:
-        """`A`, by which queries are transformed; the projection's transpose if they are signed."""
-        ...
+        """`A`, by which queries are transformed; here the projection's transpose."""
+        return jnp.swapaxes(parameters.projection[...], -1, -2)
 
     def logit_scale(self, head_dim: int) -> float:
-        """The factor from `s·(Aᵀq)·c` to a logit, before any temperature."""
-        ...
+        """The factor from `s·(Aᵀq)·c` to a logit, before any temperature; here 1/√D."""
+        return head_dim**-0.5
 
     def noise(self, head_dim: int) -> tuple[float, int] | None:
-        """`(κ, d)`: the error of a decoded key has energy `κ·‖k - μ‖²`, spread over `d` directions.
+        """`(κ, d)`: a decoded key's error has energy `κ·‖k - μ‖²`, spread over `d` directions.
 
         None for codecs that have no variance correction.
         """
-        ...
+        return None
 
 
 @dataclass(frozen=True)
-class GaussianSigns:
+class GaussianSigns(KeyCodec):
     """The sketch of H1B-KV as published (arXiv 2510.05529).
 
     `c = sign(R k)` with R Gaussian, no mean and no scalar; the query is signed too, so a score is
@@ -126,8 +132,6 @@ class GaussianSigns:
     bits: int = 256
     scaled: ClassVar[bool] = False
     signed_query: ClassVar[bool] = True
-    planes: ClassVar[int] = 1
-    data_free: ClassVar[bool] = True
 
     def sketch_bits(self, head_dim: int) -> int:
         return _packable(self.bits)
@@ -143,20 +147,12 @@ class GaussianSigns:
     ) -> EncodedKeys:
         return EncodedKeys(_project(parameters, keys)[1] >= 0, None)
 
-    def query_transform(
-        self, parameters: CodecParameters
-    ) -> Float[Array, "kv_heads head_dim bits"]:
-        return jnp.swapaxes(parameters.projection[...], -1, -2)
-
     def logit_scale(self, head_dim: int) -> float:
         return head_dim**0.5 / self.sketch_bits(head_dim)
 
-    def noise(self, head_dim: int) -> tuple[float, int] | None:
-        return None
-
 
 @dataclass(frozen=True)
-class OrthogonalSigns:
+class OrthogonalSigns(KeyCodec):
     """One sign per direction of an orthogonal basis, and a scalar.
 
     `u = R(k - μ)`, `c = sign u`, `A = Rᵀ` and `s = ‖k - μ‖²/(u·c)`, 0 where u is 0: the decoded
@@ -168,10 +164,6 @@ class OrthogonalSigns:
     """
 
     bits: int | None = None
-    scaled: ClassVar[bool] = True
-    signed_query: ClassVar[bool] = False
-    planes: ClassVar[int] = 1
-    data_free: ClassVar[bool] = True
 
     def sketch_bits(self, head_dim: int) -> int:
         return _round_up(head_dim, _WORD_BITS) if self.bits is None else _packable(self.bits)
@@ -189,14 +181,6 @@ class OrthogonalSigns:
         bits = u >= 0
         return EncodedKeys(bits, _scalar(centred, jnp.sum(jnp.abs(u), axis=-1)))
 
-    def query_transform(
-        self, parameters: CodecParameters
-    ) -> Float[Array, "kv_heads head_dim bits"]:
-        return jnp.swapaxes(parameters.projection[...], -1, -2)
-
-    def logit_scale(self, head_dim: int) -> float:
-        return head_dim**-0.5
-
     def noise(self, head_dim: int) -> tuple[float, int] | None:
         # For Gaussian components E|u| = √(2/π)·√E[u²], so ‖s·c‖² is π/2 of ‖u‖²; fewer bits than
         # channels leave the rest of the key to the error as well.
@@ -205,7 +189,7 @@ class OrthogonalSigns:
 
 
 @dataclass(frozen=True)
-class TwoPlanes:
+class TwoPlanes(KeyCodec):
     """A sign and a magnitude bit per direction, and a scalar.
 
     With `u = R(k - μ)` a component's code is ±3 where `|u_i| > 0.98·‖u‖/√C`, else ±1 (nearly the
@@ -213,10 +197,7 @@ class TwoPlanes:
     then all a'; `A = [2Rᵀ, Rᵀ]`; the scalar is that of `OrthogonalSigns` for the code.
     """
 
-    scaled: ClassVar[bool] = True
-    signed_query: ClassVar[bool] = False
     planes: ClassVar[int] = 2
-    data_free: ClassVar[bool] = True
     threshold: ClassVar[float] = 0.98
 
     def sketch_bits(self, head_dim: int) -> int:
@@ -244,15 +225,12 @@ class TwoPlanes:
         decoder = jnp.swapaxes(parameters.projection[...], -1, -2)
         return jnp.concatenate([2.0 * decoder, decoder], axis=-1)
 
-    def logit_scale(self, head_dim: int) -> float:
-        return head_dim**-0.5
-
     def noise(self, head_dim: int) -> tuple[float, int] | None:
         return 0.132, self.sketch_bits(head_dim) // 2 - 1
 
 
 @dataclass(frozen=True)
-class LinearCode:
+class LinearCode(KeyCodec):
     """The general form: uniform quantisers of any width behind the bits, and any linear decoder.
 
     Bit j looks at one coordinate `x_j = projection_j·(k - μ)` in units of its quantiser step,
@@ -267,8 +245,6 @@ class LinearCode:
 
     bits: int = 128
     scaled: ClassVar[bool] = False
-    signed_query: ClassVar[bool] = False
-    planes: ClassVar[int] = 1
     data_free: ClassVar[bool] = False
 
     def sketch_bits(self, head_dim: int) -> int:
@@ -301,6 +277,7 @@ class LinearCode:
     def encode(
         self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
     ) -> EncodedKeys:
+        assert parameters.levels is not None and parameters.weight is not None
         levels, weight = parameters.levels[...], parameters.weight[...]
         x = _project(parameters, keys)[1]
         level = jnp.clip(jnp.floor(x) + levels, 0.0, 2.0 * levels - 1.0)
@@ -309,13 +286,8 @@ class LinearCode:
     def query_transform(
         self, parameters: CodecParameters
     ) -> Float[Array, "kv_heads head_dim bits"]:
+        assert parameters.transform is not None
         return parameters.transform[...]
-
-    def logit_scale(self, head_dim: int) -> float:
-        return head_dim**-0.5
-
-    def noise(self, head_dim: int) -> tuple[float, int] | None:
-        return None
 
 
 def _packable(bits: int) -> int:

@@ -39,7 +39,7 @@ class KVCache:
         lengths: tokens each row holds so far.
         spec: what is stored. Static.
         head_dim: channels of a key. Static.
-        limit: tokens each row may hold. Static.
+        sliding_window: the model's, which no row may outgrow; None where it has none. Static.
     """
 
     key_words: Int32[Array, "layers batch rows tokens"] | None
@@ -54,7 +54,7 @@ class KVCache:
     lengths: Int32[Array, "batch"]
     spec: CacheSpec = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
-    limit: int = field(metadata={"static": True})
+    sliding_window: int | None = field(metadata={"static": True})
 
     @classmethod
     def init(
@@ -123,7 +123,7 @@ class KVCache:
             lengths=jnp.zeros(batch, jnp.int32),
             spec=spec,
             head_dim=head_dim,
-            limit=min(capacity, config.sliding_window or capacity),
+            sliding_window=config.sliding_window,
         )
 
     @property
@@ -133,6 +133,20 @@ class KVCache:
             return self.keys.shape[2]
         assert self.key_words is not None
         return self.key_words.shape[3]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer."""
+        if self.keys is not None:
+            return self.keys.shape[3] // self.head_dim
+        assert self.key_words is not None and self.spec.keys is not None
+        return 32 * self.key_words.shape[2] // self.spec.keys.sketch_bits(self.head_dim)
+
+    @property
+    def limit(self) -> int:
+        """Tokens each row may hold."""
+        window = self.sliding_window
+        return self.capacity if window is None else min(self.capacity, window)
 
     @property
     def batch(self) -> int:
@@ -195,9 +209,10 @@ class KVCache:
         """
         if max_length <= self.limit:
             return self
-        if self.limit < self.capacity:
+        if self.sliding_window is not None and max_length > self.sliding_window:
             raise ValueError(
-                f"max_length={max_length} exceeds the model's sliding window of {self.limit} tokens"
+                f"max_length={max_length} exceeds the model's sliding window of "
+                f"{self.sliding_window} tokens"
             )
         added = padded_capacity(max_length) - self.capacity
 
@@ -213,5 +228,4 @@ class KVCache:
             value_words=pad(self.value_words, 3, added),
             value_affine=pad(self.value_affine, 3, added),
             values=pad(self.values, 2, added),
-            limit=self.capacity + added,
         )

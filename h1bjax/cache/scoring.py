@@ -74,5 +74,5 @@ def half_variance(
     if spec.scores != "corrected" or noise is None:
         return None
     kappa, directions = noise
-    energy = jnp.sum(jnp.square(query), axis=-1)
+    energy = jnp.sum(jnp.square(query.astype(jnp.float32)), axis=-1)
     return 0.5 * kappa / (1 + kappa) * energy / (query.shape[-1] * directions)

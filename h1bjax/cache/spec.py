@@ -70,7 +70,7 @@ class CacheSpec:
             raise ValueError(f"cache spec {self.name!r}: " + "; ".join(problems))
 
     @classmethod
-    def preset(cls, name: str) -> Self:
+    def preset(cls, name: str) -> "CacheSpec":
         """The preset of that name.
 
         Raises:

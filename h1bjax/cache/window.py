@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, BFloat16, Bool, Float, Int32
 
 from h1bjax.cache.kv_cache import KVCache
@@ -31,8 +32,8 @@ def is_exact(
 def write_window(
     cache: KVCache,
     layer: Int32[Array, ""],
-    keys: BFloat16[Array, "batch tokens channels"],
-    values: BFloat16[Array, "batch tokens channels"],
+    keys: BFloat16[Array, "batch tokens kv_heads head_dim"],
+    values: BFloat16[Array, "batch tokens kv_heads head_dim"],
     positions: Int32[Array, "batch tokens"],
 ) -> KVCache:
     """Writes a chunk's tokens into one layer's window, each slot at most once."""
@@ -45,7 +46,8 @@ def write_window(
     row = jnp.arange(cache.batch)[:, None]
 
     def write(array: Float[Array, "layers batch window channels"], chunk: Array) -> Array:
-        return array.at[layer, row, slot].set(chunk, mode="drop")
+        channels = rearrange(chunk, "b t k d -> b t (k d)")
+        return array.at[layer, row, slot].set(channels, mode="drop")
 
     assert cache.window_keys is not None and cache.window_values is not None
     return replace(

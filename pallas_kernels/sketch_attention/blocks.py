@@ -21,7 +21,7 @@ class BlockScores(Protocol):
 
 
 class BlockValues(Protocol):
-    """Float32 values of `length` tokens from `first` on."""
+    """Values of `length` tokens from `first` on."""
 
     def __call__(
         self, first: Int32[Array, ""], length: int
@@ -45,7 +45,7 @@ def attend_blocks(
 
     Args:
         scores: reads the keys.
-        values: reads the values.
+        values: reads the values; attention converts them to float32.
         start: the first token that may be seen.
         stop: for each query, one past the last token it sees.
         capacity: tokens stored, a multiple of 128.
