@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from numbers import Integral
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from h1bjax.cache import KVCache
@@ -17,8 +19,8 @@ from h1bjax.stopping import StopStrings
 from h1bjax.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""A text, token ids, or the messages of a chat."""
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
+"""A text, token ids (an integer array too), or the messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ def encode_prompts(
         continued: whether the prompts follow earlier turns, so that text gets no special tokens.
 
     Raises:
-        ValueError: there is no prompt, a prompt is empty or of another type, or there is no
-            tokenizer for text.
+        ValueError: there is no prompt, a prompt is empty or of another type, there is no
+            tokenizer for text, or a chat is to continue earlier turns.
     """
+    prompts = _as_list(prompts)
     single = isinstance(prompts, str) or (
-        len(prompts) > 0 and isinstance(prompts[0], (int, Mapping))
+        len(prompts) > 0 and isinstance(prompts[0], (Integral, Mapping))
     )
     rows = cast(Sequence[Prompt], [prompts] if single else prompts)
     if not rows:
@@ -148,10 +151,16 @@ def prepare_control(
 
 
 def _encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, continued: bool) -> list[int]:
+    prompt = _as_list(prompt)
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        if all(isinstance(item, int) for item in prompt):
+        if all(isinstance(item, Integral) for item in prompt):
             return [int(token) for token in cast(Sequence[int], prompt)]
         if all(isinstance(item, Mapping) for item in prompt):
+            if continued:
+                raise ValueError(
+                    "a chat template begins a conversation; to continue a cache, give the next "
+                    "turn as text or token ids, with the template's own separators"
+                )
             messages = cast(Sequence[Message], prompt)
             return _needed(tokenizer).apply_chat_template(messages)
     if not isinstance(prompt, str):
@@ -161,6 +170,11 @@ def _encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, continued: bool)
     return (
         _needed(tokenizer).encode_plain(prompt) if continued else _needed(tokenizer).encode(prompt)
     )
+
+
+def _as_list(prompts: Any) -> Any:
+    """Arrays as lists; anything else as it is."""
+    return prompts.tolist() if isinstance(prompts, np.ndarray | jax.Array) else prompts
 
 
 def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
