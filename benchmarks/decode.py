@@ -1,8 +1,8 @@
-"""Prefill and decoding speed of a randomly initialised Llama, one row per cache preset.
+r"""Prefill and decoding speed of a randomly initialised Llama, one row per cache preset.
 
 Random weights decode as fast as trained ones, so no download is needed:
 
-    python benchmarks/decode.py --layers 16 --hidden 2048 --heads 32 --kv-heads 8 --mlp 8192 \\
+    python benchmarks/decode.py --layers 16 --hidden 2048 --heads 32 --kv-heads 8 --mlp 8192 \
         --batch 8 --context 8192 --cache exact --cache h1b
 
 Each preset runs once to compile and once for the clock.
