@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 from toy import byte_level, readable, sentencepiece, write_toy
 
@@ -37,3 +38,11 @@ def bos_folder(tmp_path_factory) -> Path:
 def untokenized_folder(tmp_path_factory) -> Path:
     """The same without a tokenizer."""
     return write_toy(tmp_path_factory.mktemp("untokenized"), None, readable)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles in half the time, without optimisation, where only agreement matters."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
