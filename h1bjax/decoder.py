@@ -173,7 +173,7 @@ class Decoder(nnx.Module):
         self, tokens: Int32[Array, "batch tokens"], positions: Int32[Array, "batch tokens"]
     ) -> Float[Array, "embedding_and_layers batch tokens embed"]:
         """The embedded tokens, then the residual stream after each layer, with exact attention."""
-        embedded = self._embed(tokens)
+        embedded = self._embed(tokens, positions)
         attend = self._dense(positions, EXACT)
 
         def step(x: Array, layer: DecoderLayers) -> tuple[Array, Array]:
@@ -196,10 +196,14 @@ class Decoder(nnx.Module):
             for name, info in decoder_parameters(self.config).items()
         }
 
-    def _embed(self, tokens: Int32[Array, "batch tokens"]) -> Float[Array, "batch tokens embed"]:
-        # Indexing alone would silently read the last row for an id beyond the vocabulary.
+    def _embed(
+        self, tokens: Int32[Array, "batch tokens"], positions: Int32[Array, "batch tokens"]
+    ) -> Float[Array, "batch tokens embed"]:
+        # Indexing alone would silently read the last row for an id beyond the vocabulary. Padding
+        # may hold any id, and must stay finite: its values are weighted with zero.
         known = (tokens >= 0) & (tokens < self.config.vocab_size)
-        return jnp.where(known[..., None], self.embedding[...][tokens], jnp.nan)
+        instead = jnp.where(positions < 0, 0.0, jnp.nan)[..., None].astype(self.dtype)
+        return jnp.where(known[..., None], self.embedding[...][tokens], instead)
 
     # Compiled here, so that calls outside of any jit do not compile the layers again each time.
     @partial(jax.jit, static_argnames=("exact_prefill", "compressed"))
@@ -212,7 +216,7 @@ class Decoder(nnx.Module):
         exact_prefill: bool,
         compressed: bool,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
-        x = self._embed(tokens)
+        x = self._embed(tokens, positions)
         if cache is None:
             x = self._without_cache(x, positions, self.spec if compressed else EXACT)
         else:
@@ -317,8 +321,15 @@ class Decoder(nnx.Module):
         return jnp.asarray(rope_frequencies(self.config))
 
     def check_cache(self, cache: KVCache) -> None:
-        """Raises ValueError if the cache's sketches are not of this decoder's codec."""
-        ours, theirs = self.spec, cache.spec
+        """Raises ValueError if the cache is of another geometry or of another codec."""
+        config, ours, theirs = self.config, self.spec, cache.spec
+        expected = (config.num_layers, config.num_kv_heads, config.head_dim)
+        if (cache.layers, cache.kv_heads, cache.head_dim) != expected:
+            raise ValueError(
+                f"the cache has {cache.layers} layers, {cache.kv_heads} KV heads and head_dim "
+                f"{cache.head_dim}, but the decoder has {expected[0]}, {expected[1]} and "
+                f"{expected[2]}; make the cache with decoder.init_cache"
+            )
         if theirs.keys is None:
             return
         if (ours.keys, ours.rope_period) != (theirs.keys, theirs.rope_period):

@@ -9,17 +9,19 @@ masking whole words and reinterpreting their four bytes as four int8 rows: bits
 and plane `p` in 0…8/n - 1. Fields beyond the last are zero. A 3-bit code is stored as its two
 low bits followed by its high bit, each packed as above.
 
-bf16 scalars are stored as their bit patterns in integer arrays, which every XLA backend updates
-in place. Two scalars of a token share an int32 word, the first in its high half. One scalar per
-token is a uint16 in a pair of rows of half the length, because TPUs hold 16-bit rows two to a
-sublane and relay out arrays with an odd one: each block of 128 tokens puts tokens 0…63 in the
-first row of the pair and tokens 64…127 in the second.
+16-bit floats are stored as their bit patterns in integer arrays, which every XLA backend updates
+in place: before jax 0.11 the CPU backend converts a whole bf16 array to write one element. Two
+scalars of a token share an int32 word, the first in its high half. One scalar per token is a
+uint16 in a pair of rows of half the length, because TPUs hold 16-bit rows two to a sublane and
+relay out arrays with an odd one: each block of 128 tokens puts tokens 0…63 in the first row of
+the pair and tokens 64…127 in the second.
 """
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, BFloat16, Float32, Int, Int32, UInt16
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int, Int32, Shaped, UInt16
 
 TOKEN_BLOCK = 128
 """Capacities are multiples of this many tokens."""
@@ -39,8 +41,10 @@ def words_per_column(fields: int, width: int) -> int:
     return sum(-(-fields * bits // _WORD_BITS) for bits in _planes(width))
 
 
-def pack_column(codes: Int[Array, "*batch fields"], width: int) -> Int32[Array, "*batch words"]:
-    """Packs codes in `[0, 2**width)` along the last axis into int32 words.
+def pack_column(
+    codes: Int[Array, "*batch fields"] | Bool[Array, "*batch fields"], width: int
+) -> Int32[Array, "*batch words"]:
+    """Packs codes in `[0, 2**width)`, of which higher bits are ignored, along the last axis.
 
     Raises:
         ValueError: `width` is not 1, 2, 3 or 4.
@@ -87,11 +91,19 @@ def scalar_index(
     return half, jnp.where(position < capacity, column, capacity)
 
 
-def pack_scalars(
-    scalars: BFloat16[Array, "*batch"],
-) -> UInt16[Array, "*batch"]:
-    """The bit patterns of single scalars, to be written where `scalar_index` says."""
-    return jax.lax.bitcast_convert_type(scalars, jnp.uint16)
+def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """In what floats of a dtype are stored: uint16 where they have 16 bits, else themselves."""
+    return jnp.dtype(jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype)
+
+
+def to_storage(floats: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Floats as they are stored; their dtype must be kept to read them back."""
+    return jax.lax.bitcast_convert_type(floats, storage_dtype(floats.dtype))
+
+
+def from_storage(stored: Shaped[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """Inverse of `to_storage`."""
+    return jax.lax.bitcast_convert_type(stored, jnp.dtype(dtype))
 
 
 def unpack_scalars(
@@ -104,16 +116,14 @@ def unpack_scalars(
         half=2,
         lane=_HALF,
     )
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+    return from_storage(bits, jnp.bfloat16).astype(jnp.float32)
 
 
 def pack_scalar_pair(
     high: BFloat16[Array, "*batch"], low: BFloat16[Array, "*batch"]
 ) -> Int32[Array, "*batch"]:
     """Two scalars of a token in one word."""
-    upper, lower = (
-        jax.lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.int32) for half in (high, low)
-    )
+    upper, lower = (to_storage(half).astype(jnp.int32) for half in (high, low))
     return (upper << 16) | lower
 
 

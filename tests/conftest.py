@@ -1,9 +1,13 @@
 """Fixtures that every test file may use."""
 
+import os
 from pathlib import Path
 
-import jax
 import pytest
+
+# Read when jax is imported. Tests spend most of their time on compilation, which this halves.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 from toy import byte_level, readable, sentencepiece, write_toy
 
 
@@ -38,11 +42,3 @@ def bos_folder(tmp_path_factory) -> Path:
 def untokenized_folder(tmp_path_factory) -> Path:
     """The same without a tokenizer."""
     return write_toy(tmp_path_factory.mktemp("untokenized"), None, readable)
-
-
-@pytest.fixture
-def quick_compilation():
-    """Compiles in half the time, without optimisation, where only agreement matters."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

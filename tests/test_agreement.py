@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import QUICKLY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import random_parameters, small_config
@@ -72,7 +71,7 @@ def codec_for(spec: CacheSpec, kv_heads: int = 2):
 def calibrated(keys, config):
     """One layer's parameters, random also where they are neutral before calibration."""
 
-    @partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def init(rng):
         sizes = config.num_layers, config.num_kv_heads, config.num_heads, config.head_dim
         codec = keys.init(rng, *sizes)
@@ -108,7 +107,7 @@ def sequence(spec: CacheSpec, kv_heads: int = 2, dtype=jnp.float32):
     return (query, keys, values), positions
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+@partial(jax.jit, static_argnums=0)
 def sketch(spec, codec, keys, positions, frequencies):
     bits, scale = encode_keys(spec, spec.keys, codec, keys, positions, frequencies)
     return bits, bits if scale is None else scale
@@ -142,8 +141,8 @@ def frequencies_for(spec: CacheSpec):
     return jnp.asarray(rope_frequencies(config_for(spec)))
 
 
-dense_step = jax.jit(dense_attention, static_argnums=0, compiler_options=QUICKLY)
-cached_step = jax.jit(append_and_attend, static_argnames="exact_chunk", compiler_options=QUICKLY)
+dense_step = jax.jit(dense_attention, static_argnums=0)
+cached_step = jax.jit(append_and_attend, static_argnames="exact_chunk")
 
 
 @cached
@@ -301,12 +300,12 @@ def decoder(name: str) -> Decoder:
     return Decoder(config, random_parameters(config), SPECS[name], codec)
 
 
-@partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 def step(model, tokens, positions, cache):
     return model(tokens, positions, cache)
 
 
-@partial(jax.jit, compiler_options=QUICKLY, static_argnames="compressed")
+@partial(jax.jit, static_argnames="compressed")
 def forward(model, tokens, positions, compressed):
     logits, cache = model(tokens, positions, compressed=compressed)
     assert cache is None

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import QUICKLY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sketch_cases import HEAD_DIMS
@@ -26,7 +25,7 @@ BFLOAT16 = 2.0**-8
 """Relative error of rounding to bfloat16, and room to spare."""
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=QUICKLY)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def init(codec, layers: int, kv_heads: int, head_dim: int, seed: int) -> CodecParameters:
     return codec.init(jax.random.key(seed), layers, kv_heads, kv_heads, head_dim)
 
@@ -44,7 +43,7 @@ def random_keys(tokens: int, *, kv_heads: int = 2, head_dim: int = 64, seed: int
     return np.random.default_rng(seed).normal(size=(tokens, kv_heads, head_dim)).astype(np.float32)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+@partial(jax.jit, static_argnums=0)
 def encode(codec, parameters, keys):
     encoded = codec.encode(parameters, keys)
     return encoded.signs, encoded.scale
@@ -410,7 +409,7 @@ def test_a_width_that_does_not_pack_is_refused(codec, bits):
 # Values
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+@partial(jax.jit, static_argnums=0)
 def encode_values(codec, values):
     encoded = codec.encode(values)
     return encoded, codec.decode(encoded)

@@ -74,7 +74,6 @@ def test_it_is_the_loss_of_transformers(bos_folder):
     assert result.nats_per_token == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("cache", ["exact", "h1b"])
 def test_chunks_and_batches_change_nothing(bos_folder, cache, monkeypatch):
     model = load_quietly(bos_folder, cache)
@@ -88,7 +87,6 @@ def test_chunks_and_batches_change_nothing(bos_folder, cache, monkeypatch):
     assert (result.tokens, result.bytes) == (expected.tokens, expected.bytes)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_compressed_window_is_scored_as_decoding_sees_it(bos_folder):
     model = load_quietly(bos_folder, "h1b")
     ids = model.tokenizer.encode(TEXT)

@@ -13,8 +13,8 @@ from pallas_kernels.packing import (
     TOKEN_BLOCK,
     pack_column,
     pack_scalar_pair,
-    pack_scalars,
     scalar_index,
+    to_storage,
     unpack_rows,
     unpack_scalar_pair,
     unpack_scalars,
@@ -84,7 +84,7 @@ def test_scalars_written_by_index_are_read_back_in_token_order(blocks, heads):
     scalars = random_scalars(0, heads, capacity)
     half, column = scalar_index(jnp.arange(capacity), capacity)
     paired = np.zeros((heads, 2, capacity // 2), np.uint16)
-    paired[:, half, column] = pack_scalars(jnp.asarray(scalars))
+    paired[:, half, column] = to_storage(jnp.asarray(scalars))
     read = unpack_scalars(jnp.asarray(paired.reshape(2 * heads, -1)))
     assert read.dtype == jnp.float32
     np.testing.assert_array_equal(read, scalars.astype(np.float32))
@@ -106,7 +106,7 @@ def test_a_scalar_beyond_the_capacity_has_no_column(position):
 
 def test_scalars_are_stored_as_the_bit_patterns_of_bfloat16():
     one_and_minus_two = jnp.asarray([1.0, -2.0], jnp.bfloat16)
-    assert pack_scalars(one_and_minus_two).tolist() == [0x3F80, 0xC000]
+    assert to_storage(one_and_minus_two).tolist() == [0x3F80, 0xC000]
 
 
 def test_a_pair_of_scalars_has_the_first_in_the_high_half_of_its_word():

@@ -1,11 +1,9 @@
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import QUICKLY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sketch_cases import CASES, SketchCase, build, cases
@@ -21,9 +19,9 @@ from pallas_kernels.sketch_attention import (
 )
 
 IMPLEMENTATIONS = {
-    "default": jax.jit(sketch_attention, static_argnames="start", compiler_options=QUICKLY),
+    "default": jax.jit(sketch_attention, static_argnames="start"),
 }
-merge_jitted = jax.jit(merge, compiler_options=QUICKLY)
+merge_jitted = jax.jit(merge)
 
 
 @pytest.mark.parametrize("attend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
@@ -82,7 +80,7 @@ def test_gradients_are_slopes_and_finite_beside_empty_rows(case):
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), query)
     weight = jnp.asarray(rng.normal(size=query.vectors.shape), jnp.float32)
 
-    @partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     @jax.value_and_grad
     def loss(query):
         partial = sketch_attention(query, keys, values, layer, start=start, stop=stop)

@@ -118,8 +118,8 @@ def write_toy(folder, tokenizer=None, change=dict, **keys):
 
 
 @functools.cache
-def load_quietly(folder, cache="exact"):
+def load_quietly(folder, cache="exact", dtype=None):
     """Loads once per process, without the warning that a cache is not calibrated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not calibrated")
-        return h1bjax.load(folder, cache=cache)
+        return h1bjax.load(folder, cache=cache, dtype=dtype)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.scoring import encode_keys
-from pallas_kernels.packing import pack_column, pack_scalar_pair, pack_scalars, scalar_index
+from pallas_kernels.packing import pack_column, pack_scalar_pair, scalar_index, to_storage
 
 
 def append(
@@ -32,7 +32,8 @@ def append(
 
     def write_tokens(array: Array | None, chunk: Array) -> Array:
         assert array is not None
-        return array.at[layer, row, position].set(chunk.astype(array.dtype), mode="drop")
+        stored = to_storage(chunk.astype(cache.dtype))
+        return array.at[layer, row, position].set(stored, mode="drop")
 
     def write_columns(array: Array | None, columns: Array) -> Array:
         assert array is not None
@@ -50,7 +51,7 @@ def append(
             half, column = scalar_index(position, cache.capacity)
             pairs = rearrange(cache.key_scales, "l b (k half) t -> l b k half t", half=2)
             pairs = pairs.at[layer, row, :, half, column].set(
-                pack_scalars(encoded.scale), mode="drop"
+                to_storage(encoded.scale), mode="drop"
             )
             cache = replace(cache, key_scales=pairs.reshape(cache.key_scales.shape))
     if spec.values is None:

@@ -1,15 +1,20 @@
 """Attention of a chunk of new tokens to a cache and to themselves."""
 
 import jax.numpy as jnp
-from einops import rearrange
-from jaxtyping import Array, BFloat16, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from h1bjax.cache.append import append
 from h1bjax.cache.exact import exact_logits, exact_scores, exact_vectors
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.scoring import sketch_query
-from h1bjax.cache.window import is_exact, window_positions, write_window
+from h1bjax.cache.window import (
+    as_window,
+    is_exact,
+    read_window,
+    window_positions,
+    write_window,
+)
 from pallas_kernels.sketch_attention import (
     PackedKeys,
     PackedValues,
@@ -58,11 +63,17 @@ def append_and_attend(
     if exact_chunk:
         stop = jnp.minimum(stop, cache.lengths[:, None])
     partial = _attend_stored(stored, layer, query, parameters, frequencies, stop)
-    if cache.window_keys is not None or exact_chunk:
-        exact = _attend_exact(cache, layer, query, keys, values, positions, exact_chunk)
-        partial = merge(partial, exact)
-    if cache.window_keys is not None:
-        stored = write_window(stored, layer, _as_window(keys), _as_window(values), positions)
+    if cache.spec.window and query.shape[1] == 1 and not exact_chunk:
+        # The slot that one new token overwrites holds the very token that its query no longer
+        # reads exactly. Writing first spares a copy of the window.
+        stored = write_window(stored, layer, keys, values, positions)
+        partial = merge(partial, _attend_window(stored.advance(positions), layer, query, positions))
+    elif cache.spec.window or exact_chunk:
+        partial = merge(
+            partial, _attend_chunk(cache, layer, query, keys, values, positions, exact_chunk)
+        )
+        if cache.spec.window:
+            stored = write_window(stored, layer, keys, values, positions)
     return partial.output.astype(query.dtype), stored
 
 
@@ -82,7 +93,7 @@ def _attend_stored(
         packed = PackedValues(cache.value_words, cache.value_affine, spec.values.bits)
     if spec.keys is None:
         assert cache.keys is not None
-        scores = exact_scores(cache.keys, layer, query)
+        scores = exact_scores(cache.keys, cache.dtype, layer, query)
         return _attend_blocks(cache, layer, query, scores, packed, stop)
     assert parameters is not None and cache.key_words is not None
     scoring, shift = sketch_query(spec, spec.keys, parameters, query, frequencies)
@@ -108,7 +119,7 @@ def _attend_blocks(
         values = packed_values(packed, layer, cache.head_dim)
     else:
         assert cache.values is not None
-        values = exact_vectors(cache.values, layer, cache.head_dim)
+        values = exact_vectors(cache.values, cache.dtype, layer, cache.head_dim)
     return attend_blocks(
         scores,
         values,
@@ -120,7 +131,19 @@ def _attend_blocks(
     )
 
 
-def _attend_exact(
+def _attend_window(
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    query: Float[Array, "batch tokens heads head_dim"],
+    positions: Int32[Array, "batch tokens"],
+) -> Partial:
+    """Attention to what the window holds."""
+    held = window_positions(cache)
+    visible = _causal(positions, held) & is_exact(cache, positions, held)
+    return _attend_vectors(query, *read_window(cache, layer), visible)
+
+
+def _attend_chunk(
     cache: KVCache,
     layer: Int32[Array, ""],
     query: Float[Array, "batch tokens heads head_dim"],
@@ -129,22 +152,23 @@ def _attend_exact(
     positions: Int32[Array, "batch tokens"],
     exact_chunk: bool,
 ) -> Partial:
-    """Attention to the window as it was before the chunk, and to the chunk itself."""
-    kv_heads = keys.shape[2]
+    """Exact attention to the chunk itself, and to the window as it was before the chunk."""
+    visible = _causal(positions, positions)
     if not exact_chunk:
-        keys, values = _as_window(keys), _as_window(values)
-    seen = _causal(positions, positions)
-    visible = seen if exact_chunk else seen & is_exact(cache, positions, positions)
-    if cache.window_keys is not None and cache.window_values is not None:
-        old = window_positions(cache)
-        old_keys, old_values = (
-            rearrange(array[layer], "b s (k d) -> b s k d", k=kv_heads)
-            for array in (cache.window_keys, cache.window_values)
-        )
-        keys = jnp.concatenate([old_keys, keys], axis=1)
-        values = jnp.concatenate([old_values, values], axis=1)
-        in_window = _causal(positions, old) & is_exact(cache, positions, old)
-        visible = jnp.concatenate([in_window, visible], axis=2)
+        visible &= is_exact(cache, positions, positions)
+        keys, values = as_window(keys), as_window(values)
+    partial = _attend_vectors(query, keys, values, visible)
+    if not cache.spec.window:
+        return partial
+    return merge(partial, _attend_window(cache, layer, query, positions))
+
+
+def _attend_vectors(
+    query: Float[Array, "batch queries heads head_dim"],
+    keys: Float[Array, "batch keys kv_heads head_dim"],
+    values: Float[Array, "batch keys kv_heads head_dim"],
+    visible: Bool[Array, "batch queries keys"],
+) -> Partial:
     logits = exact_logits(query, jnp.moveaxis(keys, 2, 1))
     return heads_last(softmax_partial(logits, visible[:, None, None], jnp.moveaxis(values, 2, 1)))
 
@@ -153,10 +177,3 @@ def _causal(
     query: Int32[Array, "batch queries"], key: Int32[Array, "batch keys"]
 ) -> Bool[Array, "batch queries keys"]:
     return (key[:, None] >= 0) & (key[:, None] <= query[..., None])
-
-
-def _as_window(
-    x: Float[Array, "batch tokens kv_heads head_dim"],
-) -> BFloat16[Array, "batch tokens kv_heads head_dim"]:
-    """What a token reads as once it lies in the window."""
-    return x.astype(jnp.bfloat16)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
+from pallas_kernels.packing import from_storage
 from pallas_kernels.sketch_attention.blocks import BlockScores, BlockValues, read_block
 
 
@@ -25,22 +26,26 @@ def exact_logits(
 
 
 def exact_scores(
-    keys: Float[Array, "layers batch tokens channels"],
+    keys: Shaped[Array, "layers batch tokens channels"],
+    dtype: jnp.dtype,
     layer: Int32[Array, ""],
     query: Float[Array, "batch queries heads head_dim"],
 ) -> BlockScores:
     """Logits of the queries against any block of one layer's exact keys."""
-    read = exact_vectors(keys, layer, query.shape[-1])
+    read = exact_vectors(keys, dtype, layer, query.shape[-1])
     return lambda first, length: exact_logits(query, read(first, length))
 
 
 def exact_vectors(
-    stored: Float[Array, "layers batch tokens channels"], layer: Int32[Array, ""], head_dim: int
+    stored: Shaped[Array, "layers batch tokens channels"],
+    dtype: jnp.dtype,
+    layer: Int32[Array, ""],
+    head_dim: int,
 ) -> BlockValues:
-    """The vectors of any block of one layer, as they are stored."""
+    """The vectors of any block of one layer, in the dtype in which they were stored."""
 
     def read(first: Int32[Array, ""], length: int) -> Float[Array, "batch kv_heads block head_dim"]:
-        block = read_block(stored, layer, first, length, axis=2)
+        block = from_storage(read_block(stored, layer, first, length, axis=2), dtype)
         return rearrange(block, "b t (k d) -> b k t d", d=head_dim)
 
     return read

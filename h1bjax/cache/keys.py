@@ -114,9 +114,10 @@ class KeyCodec(ABC):
         return head_dim**-0.5
 
     def noise(self, head_dim: int) -> tuple[float, int] | None:
-        """`(κ, d)`: a decoded key's error has energy `κ·‖k - μ‖²`, spread over `d` directions.
+        """`(κ, d)`: the error of a raw logit has variance `κ·‖q‖²·‖k - μ‖²/(D·d)`.
 
-        None for codecs that have no variance correction.
+        For `b ≥ D` the error of the code `s·c - u` has energy `κ·‖u‖²`, spread evenly over the
+        `d` directions orthogonal to u. None for codecs that have no variance correction.
         """
         return None
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt16
+from jaxtyping import Array, Bool, Int32, Shaped, UInt16
 
 from h1bjax.cache.spec import CacheSpec, padded_capacity
 from h1bjax.config import LlamaConfig
+from pallas_kernels.packing import storage_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +21,8 @@ class KVCache:
 
     Arrays are stacked over layers. Packed arrays keep tokens on the last axis, the layout that
     TPUs read without copies and GPUs at full speed; `pallas_kernels.packing` defines the rows.
-    Exact arrays keep one token's channels together. Fields that the spec does not use are None.
+    Exact arrays keep one token's channels together. 16-bit floats are held as their bit patterns
+    (`pallas_kernels.packing.from_storage` reads them). Fields that the spec does not use are None.
     Updates return a new cache; donate the old one, so that nothing is copied.
 
     Attributes:
@@ -29,31 +31,33 @@ class KVCache:
             `scalar_rows = 2·kv_heads`.
         key_groups: room for codecs with scalars per group of tokens, as KIVI's per-channel
             scale and zero (arXiv 2402.02750).
-        keys: exact keys after RoPE, in the compute dtype; `channels = kv_heads · head_dim`.
+        keys: exact keys after RoPE, in `dtype`; `channels = kv_heads · head_dim`.
         value_words: value codes; `rows = kv_heads · words per column`.
         value_affine: bf16 scale and zero of each value in one word.
-        values: exact values, in the compute dtype.
-        window_keys: exact keys after RoPE of the first S tokens, then a ring of the latest W,
+        values: exact values, in `dtype`.
+        window_keys: bf16 keys after RoPE of the first S tokens, then a ring of the latest W,
             where token n ≥ S lies in slot `S + (n - S) mod W`.
         window_values: the values of the same tokens.
         lengths: tokens each row holds so far.
         spec: what is stored. Static.
         head_dim: channels of a key. Static.
+        dtype: of exact keys and values; the compute dtype. Static.
         sliding_window: the model's, which no row may outgrow; None where it has none. Static.
     """
 
     key_words: Int32[Array, "layers batch rows tokens"] | None
     key_scales: UInt16[Array, "layers batch scalar_rows half_tokens"] | None
-    key_groups: BFloat16[Array, "layers batch group_rows groups"] | None
-    keys: Float[Array, "layers batch tokens channels"] | None
+    key_groups: UInt16[Array, "layers batch group_rows groups"] | None
+    keys: Shaped[Array, "layers batch tokens channels"] | None
     value_words: Int32[Array, "layers batch rows tokens"] | None
     value_affine: Int32[Array, "layers batch kv_heads tokens"] | None
-    values: Float[Array, "layers batch tokens channels"] | None
-    window_keys: BFloat16[Array, "layers batch window channels"] | None
-    window_values: BFloat16[Array, "layers batch window channels"] | None
+    values: Shaped[Array, "layers batch tokens channels"] | None
+    window_keys: UInt16[Array, "layers batch window channels"] | None
+    window_values: UInt16[Array, "layers batch window channels"] | None
     lengths: Int32[Array, "batch"]
     spec: CacheSpec = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
+    dtype: jnp.dtype = field(metadata={"static": True})
     sliding_window: int | None = field(metadata={"static": True})
 
     @classmethod
@@ -95,7 +99,7 @@ class KVCache:
 
         if spec.keys is None:
             key_words = key_scales = None
-            keys = zeros((capacity, channels), dtype)
+            keys = zeros((capacity, channels), storage_dtype(dtype))
         else:
             rows = heads * spec.keys.sketch_bits(head_dim) // 32
             key_words = zeros((rows, capacity), jnp.int32)
@@ -104,7 +108,7 @@ class KVCache:
             keys = None
         if spec.values is None:
             value_words = value_affine = None
-            values = zeros((capacity, channels), dtype)
+            values = zeros((capacity, channels), storage_dtype(dtype))
         else:
             value_words = zeros((heads * spec.values.words(head_dim), capacity), jnp.int32)
             value_affine = zeros((heads, capacity), jnp.int32)
@@ -118,11 +122,12 @@ class KVCache:
             value_words=value_words,
             value_affine=value_affine,
             values=values,
-            window_keys=zeros(window, jnp.bfloat16) if spec.exact_tokens else None,
-            window_values=zeros(window, jnp.bfloat16) if spec.exact_tokens else None,
+            window_keys=zeros(window, jnp.uint16) if spec.exact_tokens else None,
+            window_values=zeros(window, jnp.uint16) if spec.exact_tokens else None,
             lengths=jnp.zeros(batch, jnp.int32),
             spec=spec,
             head_dim=head_dim,
+            dtype=jnp.dtype(dtype),
             sliding_window=config.sliding_window,
         )
 
@@ -133,6 +138,13 @@ class KVCache:
             return self.keys.shape[2]
         assert self.key_words is not None
         return self.key_words.shape[3]
+
+    @property
+    def layers(self) -> int:
+        """Layers held."""
+        stored = self.key_words if self.keys is None else self.keys
+        assert stored is not None
+        return stored.shape[0]
 
     @property
     def kv_heads(self) -> int:
@@ -202,7 +214,7 @@ class KVCache:
         return replace(self, lengths=self.lengths + count)
 
     def grow(self, max_length: int) -> Self:
-        """A copy that can hold at least `max_length` tokens per row.
+        """A cache that can hold at least `max_length` tokens per row: a copy, or this one.
 
         Raises:
             ValueError: the model's sliding window forbids that many.

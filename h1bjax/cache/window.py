@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, BFloat16, Bool, Float, Int32
+from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt16
 
 from h1bjax.cache.kv_cache import KVCache
+from pallas_kernels.packing import from_storage, to_storage
 
 
 def window_positions(cache: KVCache) -> Int32[Array, "batch window"]:
@@ -29,11 +30,35 @@ def is_exact(
     return (n < cache.spec.sinks) | (n > t - cache.spec.window)
 
 
+def as_window(
+    x: Float[Array, "batch tokens kv_heads head_dim"],
+) -> BFloat16[Array, "batch tokens kv_heads head_dim"]:
+    """What a token's keys or values read as once they lie in the window."""
+    return x.astype(jnp.bfloat16)
+
+
+def read_window(
+    cache: KVCache, layer: Int32[Array, ""]
+) -> tuple[
+    BFloat16[Array, "batch window kv_heads head_dim"],
+    BFloat16[Array, "batch window kv_heads head_dim"],
+]:
+    """The keys and values of one layer's window, slot by slot."""
+    assert cache.window_keys is not None and cache.window_values is not None
+    keys, values = (
+        rearrange(
+            from_storage(array[layer], jnp.bfloat16), "b s (k d) -> b s k d", d=cache.head_dim
+        )
+        for array in (cache.window_keys, cache.window_values)
+    )
+    return keys, values
+
+
 def write_window(
     cache: KVCache,
     layer: Int32[Array, ""],
-    keys: BFloat16[Array, "batch tokens kv_heads head_dim"],
-    values: BFloat16[Array, "batch tokens kv_heads head_dim"],
+    keys: Float[Array, "batch tokens kv_heads head_dim"],
+    values: Float[Array, "batch tokens kv_heads head_dim"],
     positions: Int32[Array, "batch tokens"],
 ) -> KVCache:
     """Writes a chunk's tokens into one layer's window, each slot at most once."""
@@ -45,8 +70,8 @@ def write_window(
     slot = jnp.where(kept, slot, sinks + window)
     row = jnp.arange(cache.batch)[:, None]
 
-    def write(array: Float[Array, "layers batch window channels"], chunk: Array) -> Array:
-        channels = rearrange(chunk, "b t k d -> b t (k d)")
+    def write(array: UInt16[Array, "layers batch window channels"], chunk: Array) -> Array:
+        channels = to_storage(rearrange(as_window(chunk), "b t k d -> b t (k d)"))
         return array.at[layer, row, slot].set(channels, mode="drop")
 
     assert cache.window_keys is not None and cache.window_values is not None

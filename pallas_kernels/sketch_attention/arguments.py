@@ -60,7 +60,8 @@ class SketchQuery:
 
     The logit of a key is `scale · s · (transformᵀ q) · c - variance · s² · ‖code‖²`, where a
     signed query uses the signs of `transformᵀ q` (zero counts as +1) and a sketch without
-    scalars has `s = 1` and no variance term.
+    scalars has `s = 1` and no variance term. With a finite RoPE period, q is first turned back by
+    the position n0 where the key's block begins, q' = RoPE₋ₙ₀ q, and `q'·mean/√D` is added.
 
     Attributes:
         vectors: queries after RoPE.

@@ -60,7 +60,7 @@ def softmax_partial(
 
 
 def merge(first: Partial, second: Partial) -> Partial:
-    """The attention over both parts' keys, which must be disjoint. Exact and commutative."""
+    """The attention over both parts' keys, which must be disjoint. Exact up to rounding."""
     highest = jnp.maximum(first.lse, second.lse)
     reference = jax.lax.stop_gradient(jnp.where(jnp.isneginf(highest), 0.0, highest))
     weight_first, weight_second = (
