@@ -470,3 +470,8 @@ def test_value_rotations_are_orthogonal_and_differ_by_layer_and_head():
     np.testing.assert_allclose(product, np.broadcast_to(np.eye(16), product.shape), atol=1e-5)
     flat = rotation.reshape(6, -1)
     assert all(np.abs(flat[i] - flat[j]).max() > 0.1 for i in range(6) for j in range(i))
+
+
+def test_a_component_of_more_bits_than_levels_can_count_is_refused():
+    with pytest.raises(ValueError, match="256 bits are more than 16 for each of 8 channels"):
+        LinearCode(bits=256).init(jax.random.key(0), 1, 1, 1, 8)

@@ -223,11 +223,11 @@ def replaced(name: str, shape: tuple[int, ...]):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("keys", (3, 2, 3, 256), r"keys.words has shape \(3, 2, 3, 256\), expected \(3, 2, 4, 256"),
-        ("scales", (3, 2, 4, 256), r"keys.scales .* expected \(3, 2, 4, 128\)"),
-        ("values", (3, 2, 8, 256), r"values.words .* expected \(3, 2, 16, 256\)"),
-        ("values", (2, 2, 16, 256), r"values.words .* expected \(3, 2, 16, 256\)"),
-        ("affine", (3, 2, 4, 256), r"values.affine .* expected \(3, 2, 2, 256\)"),
+        ("keys", (3, 2, 3, 256), r"keys.words is int32 \(3, 2, 3, 256\), expected int32 \(3, 2, 4"),
+        ("scales", (3, 2, 4, 256), r"keys.scales .* expected \w+ \(3, 2, 4, 128\)"),
+        ("values", (3, 2, 8, 256), r"values.words .* expected \w+ \(3, 2, 16, 256\)"),
+        ("values", (2, 2, 16, 256), r"values.words .* expected \w+ \(3, 2, 16, 256\)"),
+        ("affine", (3, 2, 4, 256), r"values.affine .* expected \w+ \(3, 2, 2, 256\)"),
         ("transform", (2, 64, 72), "a sketch of 72 bits does not pack into 32-bit words"),
         ("transform", (2, 32, 64), "the transform takes 32 channels, queries have 64"),
         ("vectors", (2, 1, 3, 64), "3 query heads are not a multiple of 2 KV heads"),
@@ -240,6 +240,15 @@ def test_arrays_that_do_not_describe_one_cache_are_refused(name, shape, message)
     query, keys, values = replaced(name, shape)
     stop = jnp.zeros((2, 1), jnp.int32)
     with pytest.raises(ValueError, match=message):
+        sketch_attention(query, keys, values, jnp.int32(0), start=0, stop=stop)
+
+
+def test_scalars_of_another_dtype_are_refused():
+    query, keys, values = replaced("scale", (4,))
+    assert keys.scales is not None
+    keys = PackedKeys(keys.words, keys.scales.astype(jnp.float32))
+    stop = jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"keys.scales is float32 .*, expected uint16"):
         sketch_attention(query, keys, values, jnp.int32(0), start=0, stop=stop)
 
 

@@ -254,8 +254,14 @@ class LinearCode(KeyCodec):
     def init(
         self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
     ) -> CodecParameters:
-        """Spreads the bits evenly over a random basis, with steps that cover ±2 per component."""
+        """Spreads the bits evenly over a random basis, with steps that cover ±2 per component.
+
+        Raises:
+            ValueError: the width does not pack, or gives a component more than 16 bits.
+        """
         bits = self.sketch_bits(head_dim)
+        if bits > 16 * head_dim:
+            raise ValueError(f"{bits} bits are more than 16 for each of {head_dim} channels")
         basis = _orthogonal(rng, layers, kv_heads, head_dim, head_dim)
         bit = jnp.arange(bits)
         component, place = bit % head_dim, bit // head_dim

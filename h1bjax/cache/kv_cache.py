@@ -13,6 +13,9 @@ from h1bjax.cache.spec import CacheSpec, padded_capacity
 from h1bjax.config import LlamaConfig
 from pallas_kernels.packing import storage_dtype
 
+KEY_GROUP = 32
+"""Tokens that share an entry of `key_groups`."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class KVCache:
         key_words: sign bits; `rows = kv_heads · sketch bits / 32`.
         key_scales: one bf16 scalar per key, as bit patterns in paired rows;
             `scalar_rows = 2·kv_heads`.
-        key_groups: room for codecs with scalars per group of tokens, as KIVI's per-channel
-            scale and zero (arXiv 2402.02750).
+        key_groups: room for codecs with scalars per group of 32 tokens, as KIVI's per-channel
+            scale and zero (arXiv 2402.02750); None with every codec so far.
         keys: exact keys after RoPE, in `dtype`; `channels = kv_heads · head_dim`.
         value_words: value codes; `rows = kv_heads · words per column`.
         value_affine: bf16 scale and zero of each value in one word.
@@ -236,6 +239,7 @@ class KVCache:
             self,
             key_words=pad(self.key_words, 3, added),
             key_scales=pad(self.key_scales, 3, added // 2),
+            key_groups=pad(self.key_groups, 3, added // KEY_GROUP),
             keys=pad(self.keys, 2, added),
             value_words=pad(self.value_words, 3, added),
             value_affine=pad(self.value_affine, 3, added),

@@ -1,5 +1,6 @@
 """The one entry to attention over sketched keys and quantised values."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
@@ -49,16 +50,17 @@ def _check(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> None:
     layers, batch, _, tokens = keys.words.shape
     value_rows = kv_heads * words_per_column(head_dim, values.bits)
     expected = {
-        "keys.words": (keys.words, (layers, batch, kv_heads * (bits // 32), tokens)),
-        "values.words": (values.words, (layers, batch, value_rows, tokens)),
-        "values.affine": (values.affine, (layers, batch, kv_heads, tokens)),
+        "keys.words": (keys.words, (layers, batch, kv_heads * (bits // 32), tokens), jnp.int32),
+        "values.words": (values.words, (layers, batch, value_rows, tokens), jnp.int32),
+        "values.affine": (values.affine, (layers, batch, kv_heads, tokens), jnp.int32),
     }
     if keys.scales is not None:
-        expected["keys.scales"] = (keys.scales, (layers, batch, 2 * kv_heads, tokens // 2))
+        paired = (layers, batch, 2 * kv_heads, tokens // 2)
+        expected["keys.scales"] = (keys.scales, paired, jnp.uint16)
     problems = [
-        f"{name} has shape {array.shape}, expected {shape}"
-        for name, (array, shape) in expected.items()
-        if array.shape != shape
+        f"{name} is {array.dtype} {array.shape}, expected {jnp.dtype(dtype)} {shape}"
+        for name, (array, shape, dtype) in expected.items()
+        if array.shape != shape or array.dtype != dtype
     ]
     if bits % 32:
         problems.append(f"a sketch of {bits} bits does not pack into 32-bit words")
