@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from h1bjax.json_file import read_json_object
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -182,10 +183,10 @@ class LlamaConfig:
         else:
             path = Path(source)
             path = path / "config.json" if path.is_dir() else path
-            raw, where = _read_json(path), str(path)
+            raw, where = read_json_object(path), str(path)
             beside = path.with_name("generation_config.json")
             if beside.is_file():
-                generation = _read_json(beside)
+                generation = read_json_object(beside)
         problems = _problems(raw, generation)
         if problems:
             reasons = "".join(f"\n  - {problem}" for problem in problems)
@@ -275,18 +276,6 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
         "high_freq_factor": rope.high_freq_factor,
         "original_max_position_embeddings": rope.original_max_position_embeddings,
     }
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path.name} at {path}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, and holds a {type(content).__name__}.")
-    return content
 
 
 def _rope_keys(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from h1bjax.chat_template import read_chat_templates, render_chat
+from h1bjax.json_file import read_json_object
 from h1bjax.token_text import Piece, TextStream, TokenDecoder
 
 
@@ -63,7 +63,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         path = _tokenizer_file(folder)
-        spec = _read_json(path)
+        spec = read_json_object(path)
         if "model" not in spec:
             raise ValueError(f"{path} is not a tokenizer: it has no entry 'model'")
         config = _read_config(folder)
@@ -214,22 +214,12 @@ def _tokenizer_file(folder: Path) -> Path:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, completed from special_tokens_map.json where transformers does so."""
     path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    config = _read_json(path) if path.is_file() else {}
+    config = read_json_object(path) if path.is_file() else {}
     if "added_tokens_decoder" not in config and map_path.is_file():
-        config |= _read_json(map_path)
+        config |= read_json_object(map_path)
     return config
 
 
