@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from toy import byte_level, load_quietly, sentencepiece, write_toy
 
-from h1bjax import evaluate
+from h1bjax import window_scores
 from h1bjax.decoder import Decoder
 from h1bjax.evaluate import perplexity
+from h1bjax.token_bytes import token_sizes
 
 TEXT = "Once upon a time, the thé ended: 日本 and 😀 the end. " * 2
 
@@ -29,9 +30,9 @@ def windows(ids, context):
     return [ids[begin : begin + context] for begin in range(0, len(ids), context)]
 
 
-def float64_nats(model, text, context):
-    """The definition, one window at a time, without a cache: total nats and scored tokens."""
-    total, count = 0.0, 0
+def float64_losses(model, text, context):
+    """The definition, one window at a time, without a cache: each token's place and nats."""
+    losses = []
     tokenizer = model.tokenizer
     for window in windows(tokenizer.encode_plain(text), context):
         row = [tokenizer.bos_token_id, *window] if tokenizer.adds_bos else window
@@ -42,9 +43,9 @@ def float64_nats(model, text, context):
         logits = np.asarray(logits[0], np.float64)
         for before, token in enumerate(row[1:]):
             shifted = logits[before] - logits[before].max()
-            total += np.log(np.exp(shifted).sum()) - shifted[token]
-            count += 1
-    return total, count
+            place = before + (0 if tokenizer.adds_bos else 1)
+            losses.append((place, np.log(np.exp(shifted).sum()) - shifted[token]))
+    return losses
 
 
 # The number
@@ -53,12 +54,51 @@ def float64_nats(model, text, context):
 @pytest.mark.parametrize("folder", ["toy_folder", "bos_folder"])
 def test_it_is_the_definition_in_float64(folder, request):
     model = load_quietly(request.getfixturevalue(folder))
-    total, count = float64_nats(model, TEXT, context=24)
+    losses = float64_losses(model, TEXT, context=24)
+    total, count = sum(nats for _, nats in losses), len(losses)
     result = perplexity(model, TEXT, context=24)
     assert result.tokens == count
     assert result.nats_per_token == pytest.approx(total / count, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / result.bytes, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("folder", ["toy_folder", "bos_folder"])
+def test_late_tokens_are_those_of_the_last_quarter(folder, request):
+    model = load_quietly(request.getfixturevalue(folder))
+    losses = float64_losses(model, TEXT, context=24)
+    late = [nats for place, nats in losses if place >= 18]
+    result = perplexity(model, TEXT, context=24).late
+    assert result is not None
+    assert result.tokens == len(late)
+    assert result.nats == pytest.approx(sum(late), rel=1e-5)
+    sizes = token_sizes(model.tokenizer, TEXT)[1]
+    assert result.bytes == sum(size for index, size in enumerate(sizes) if index % 24 >= 18)
+    assert result.bits_per_byte == pytest.approx(sum(late) / math.log(2) / result.bytes, rel=1e-5)
+
+
+def test_nothing_is_late_where_no_window_is_three_quarters_full(toy_folder):
+    model = load_quietly(toy_folder)
+    count = len(model.tokenizer.encode_plain(TEXT))
+    assert perplexity(model, TEXT, context=2 * count).late is None
+
+
+def test_documents_are_scored_apart(bos_folder):
+    model = load_quietly(bos_folder)
+    documents = [TEXT[:30], "the end", TEXT[30:]]
+    alone = [perplexity(model, document, context=24) for document in documents]
+    result = perplexity(model, documents, context=24)
+    assert result.tokens == sum(one.tokens for one in alone)
+    assert result.bytes == sum(one.bytes for one in alone) == len((TEXT + "the end").encode())
+    assert result.total.nats == pytest.approx(sum(one.total.nats for one in alone), rel=1e-5)
+
+
+def test_the_first_windows_alone_can_be_scored(bos_folder):
+    model = load_quietly(bos_folder)
+    text = model.tokenizer.decode(model.tokenizer.encode_plain(TEXT)[:48])
+    result = perplexity(model, TEXT, context=24, tokens=60)
+    assert result.tokens == 48
+    assert result.total.nats == pytest.approx(perplexity(model, text, context=24).total.nats)
 
 
 def test_it_is_the_loss_of_transformers(bos_folder):
@@ -78,8 +118,8 @@ def test_it_is_the_loss_of_transformers(bos_folder):
 def test_chunks_and_batches_change_nothing(bos_folder, cache, monkeypatch):
     model = load_quietly(bos_folder, cache)
     expected = perplexity(model, TEXT, context=40, batch=8)
-    monkeypatch.setattr(evaluate, "SCORE_CHUNK", 16)
-    monkeypatch.setattr(evaluate, "LOGITS_BLOCK", 8)
+    monkeypatch.setattr(window_scores, "SCORE_CHUNK", 16)
+    monkeypatch.setattr(window_scores, "LOGITS_BYTES", 4 * 300 * 8)
     # Rounds of two windows and of one, in the buffers of the first.
     assert len(windows(model.tokenizer.encode_plain(TEXT), 40)) == 3
     result = perplexity(model, TEXT, context=40, batch=2)
