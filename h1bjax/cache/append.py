@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
+from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.scoring import encode_keys
+from h1bjax.cache.window import as_window, recent_keys
 from pallas_kernels.packing import pack_column, pack_scalar_pair, scalar_index, to_storage
 
 
@@ -24,8 +26,11 @@ def append(
     """Encodes a chunk and writes it at its positions in one layer; the window is not touched.
 
     Positions of -1 are not written. Lengths advance once, after all layers (`KVCache.advance`).
+    The window may hold the chunk already where that is a single token.
     """
     spec = cache.spec
+    if spec.evict:
+        return cache
     row = jnp.arange(cache.batch)[:, None]
     # Scatters drop what lies beyond the capacity; a negative index would wrap around instead.
     position = jnp.where(positions < 0, cache.capacity, positions)
@@ -39,7 +44,9 @@ def append(
         assert array is not None
         return array.at[layer, row, :, position].set(columns, mode="drop")
 
-    if spec.keys is None:
+    if isinstance(spec.keys, ChannelQuantisedKeys):
+        cache = _append_key_groups(cache, spec.keys, layer, keys, positions)
+    elif spec.keys is None:
         cache = replace(cache, keys=write_tokens(cache.keys, _channels(keys)))
     else:
         assert parameters is not None
@@ -61,7 +68,40 @@ def append(
     return replace(
         cache,
         value_words=write_columns(cache.value_words, words),
-        value_affine=write_columns(cache.value_affine, pack_scalar_pair(scale, zero)),
+        value_affine=write_columns(cache.value_affine, _channels(pack_scalar_pair(scale, zero))),
+    )
+
+
+def _append_key_groups(
+    cache: KVCache,
+    codec: ChannelQuantisedKeys,
+    layer: Int32[Array, ""],
+    keys: Float[Array, "batch tokens kv_heads head_dim"],
+    positions: Int32[Array, "batch tokens"],
+) -> KVCache:
+    """Quantises and writes the groups of keys that the chunk completes."""
+    assert cache.key_words is not None and cache.key_groups is not None
+    group = codec.group
+    length = cache.lengths[:, None]
+    # A chunk completes at most this many groups, of which the first may begin before it.
+    groups = (positions.shape[1] + group - 1) // group
+    position = length - length % group + jnp.arange(groups * group)
+    known = jnp.concatenate([recent_keys(cache, layer, group - 1), as_window(keys)], axis=1)
+    index = position - length + group - 1
+    members = jnp.take_along_axis(known, index[..., None, None], axis=1, mode="clip")
+    encoded = codec.encode(rearrange(members, "b (g n) k d -> b g n k d", n=group))
+
+    # Scatters drop what lies beyond the capacity, which incomplete groups are sent to.
+    end = cache.advance(positions).lengths[:, None]
+    column = jnp.where(position < end - end % group, position, cache.capacity)
+    words = rearrange(pack_column(encoded.codes, codec.bits), "b g n k w -> b (g n) (k w)")
+    row = jnp.arange(cache.batch)[:, None]
+    return replace(
+        cache,
+        key_words=cache.key_words.at[layer, row, :, column].set(words, mode="drop"),
+        key_groups=cache.key_groups.at[layer, row, :, column[:, ::group] // group].set(
+            encoded.scalars, mode="drop"
+        ),
     )
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from h1bjax.cache.append import append
+from h1bjax.cache.channel_keys import ChannelQuantisedKeys, channel_scores
 from h1bjax.cache.exact import exact_logits, exact_scores, exact_vectors
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
@@ -56,17 +57,19 @@ def append_and_attend(
         exact_chunk: whether queries read all of their own chunk exactly (exact prefill), and
             only older tokens from the store.
     """
+    # An exact cache holds the chunk as it is, so there is nothing to read elsewhere.
+    exact_chunk = exact_chunk and not cache.spec.exact
+    # The slot that one new token overwrites holds the very token that its query no longer reads
+    # exactly. Writing before anything is read spares a copy of the window.
+    window_first = bool(cache.spec.window) and query.shape[1] == 1 and not exact_chunk
+    if window_first:
+        cache = write_window(cache, layer, keys, values, positions)
     stored = append(cache, layer, keys, values, positions, parameters, frequencies)
     stop = positions - cache.spec.window + 1
-    # An exact cache holds the chunk as it is, so there is nothing to read elsewhere.
-    exact_chunk = exact_chunk and (cache.spec.keys, cache.spec.values) != (None, None)
     if exact_chunk:
         stop = jnp.minimum(stop, cache.lengths[:, None])
     partial = _attend_stored(stored, layer, query, parameters, frequencies, stop)
-    if cache.spec.window and query.shape[1] == 1 and not exact_chunk:
-        # The slot that one new token overwrites holds the very token that its query no longer
-        # reads exactly. Writing first spares a copy of the window.
-        stored = write_window(stored, layer, keys, values, positions)
+    if window_first:
         partial = merge(partial, _attend_window(stored.advance(positions), layer, query, positions))
     elif cache.spec.window or exact_chunk:
         partial = merge(
@@ -87,6 +90,9 @@ def _attend_stored(
 ) -> Partial:
     """Attention to the stored tokens `sinks <= n < stop`."""
     spec = cache.spec
+    if spec.evict:
+        empty = jnp.zeros(query.shape, jnp.float32)
+        return Partial(empty, jnp.full(query.shape[:-1], -jnp.inf))
     packed = None
     if spec.values is not None:
         assert cache.value_words is not None and cache.value_affine is not None
@@ -95,14 +101,19 @@ def _attend_stored(
         assert cache.keys is not None
         scores = exact_scores(cache.keys, cache.dtype, layer, query)
         return _attend_blocks(cache, layer, query, scores, packed, stop)
+    if isinstance(spec.keys, ChannelQuantisedKeys):
+        assert cache.key_words is not None and cache.key_groups is not None
+        scores = channel_scores(spec.keys, cache.key_words, cache.key_groups, layer, query)
+        return _attend_blocks(cache, layer, query, scores, packed, stop)
     assert parameters is not None and cache.key_words is not None
     scoring, shift = sketch_query(spec, spec.keys, parameters, query, frequencies)
     keys = PackedKeys(cache.key_words, cache.key_scales)
-    if packed is not None:
+    # The kernel takes values with one scale and zero for the whole head.
+    if packed is not None and packed.affine.shape[2] == cache.kv_heads:
         partial = sketch_attention(scoring, keys, packed, layer, start=spec.sinks, stop=stop)
     else:
         scores = sketch_scores(scoring, keys, layer)
-        partial = _attend_blocks(cache, layer, query, scores, None, stop)
+        partial = _attend_blocks(cache, layer, query, scores, packed, stop)
     return Partial(partial.output, partial.lse + shift)
 
 

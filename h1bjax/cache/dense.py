@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
+from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.exact import exact_logits
 from h1bjax.cache.keys import CodecParameters, EncodedKeys, KeyCodec
 from h1bjax.cache.scoring import encode_keys, half_variance
@@ -36,42 +37,71 @@ def dense_attention(
         query: after RoPE; head `h` reads KV head `h // (heads // kv_heads)`.
         keys: after RoPE.
         values: of the same tokens.
-        positions: -1 marks padding, which is not seen and whose queries give 0.
+        positions: -1 marks padding, which is not seen and whose queries give 0. Keys quantised
+            per channel need rows 0, 1, 2, … that are padded on the right.
         parameters: of this layer's key codec; None for exact keys.
         frequencies: RoPE frequencies, radians per token.
     """
     t, n = positions[:, :, None], positions[:, None, :]
     causal = (n >= 0) & (n <= t)
     exact = (n < spec.sinks) | (n > t - spec.window)
-    if spec.keys is None and spec.values is None:
+    if spec.exact:
         return _attend(exact_logits(query, _by_head(keys)), causal, values).astype(query.dtype)
 
+    window_keys, window_values = keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
+    window_logits = exact_logits(query, _by_head(window_keys))
+    if spec.evict:
+        return _attend(window_logits, causal & exact, window_values).astype(query.dtype)
     if spec.keys is None:
         logits = exact_logits(query, _by_head(keys))
+    elif isinstance(spec.keys, ChannelQuantisedKeys):
+        decoded = _channel_quantised(spec.keys, window_keys)
+        logits = exact_logits(query, _by_head(decoded))
     else:
         assert parameters is not None
-        logits = _sketched_logits(spec, spec.keys, parameters, query, keys, positions, frequencies)
+        logits = sketched_logits(spec, spec.keys, parameters, query, keys, positions, frequencies)
     stored = values if spec.values is None else spec.values.decode(spec.values.encode(values))
     if not spec.window:
         return _attend(logits, causal, stored).astype(query.dtype)
 
     # One softmax over both readings of every token, of which each query sees just one.
-    window_keys, window_values = keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-    both_logits = jnp.concatenate([logits, exact_logits(query, _by_head(window_keys))], axis=-1)
+    both_logits = jnp.concatenate([logits, window_logits], axis=-1)
     both_visible = jnp.concatenate([causal & ~exact, causal & exact], axis=-1)
     both_values = jnp.concatenate([stored, window_values.astype(jnp.float32)], axis=1)
     return _attend(both_logits, both_visible, both_values).astype(query.dtype)
 
 
-def _sketched_logits(
+def _channel_quantised(
+    codec: ChannelQuantisedKeys, keys: Float[Array, "batch tokens kv_heads head_dim"]
+) -> Float[Array, "batch tokens kv_heads head_dim"]:
+    """The keys as they are read once their group is complete; arbitrary in a group that is not."""
+    tokens = keys.shape[1]
+    whole = jnp.pad(keys, ((0, 0), (0, -tokens % codec.group), (0, 0), (0, 0)))
+    encoded = codec.encode(rearrange(whole, "b (g n) k d -> b g n k d", n=codec.group))
+    decoded = rearrange(codec.decode(encoded), "b g n k d -> b (g n) k d")
+    return decoded[:, :tokens]
+
+
+def sketched_logits(
     spec: CacheSpec,
     codec: KeyCodec,
     parameters: CodecParameters,
-    query: Float[Array, "batch tokens heads head_dim"],
+    query: Float[Array, "batch queries heads head_dim"],
     keys: Float[Array, "batch tokens kv_heads head_dim"],
     positions: Int32[Array, "batch tokens"],
     frequencies: Float[Array, "half_dim"],
 ) -> Float[Array, "batch kv_heads groups queries keys"]:
+    """Logits of queries, which have their full RoPE, against sketches of keys.
+
+    Args:
+        spec: says how scores are repaired, and the RoPE period.
+        codec: of its keys.
+        parameters: of this layer.
+        query: any queries of the same rows.
+        keys: after RoPE.
+        positions: of the keys.
+        frequencies: RoPE frequencies, radians per token.
+    """
     kv_heads, head_dim = keys.shape[2:]
     encoded = encode_keys(spec, codec, parameters, keys, positions, frequencies)
     transform = codec.query_transform(parameters)

@@ -9,12 +9,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int32, Shaped, UInt16
 
+from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.spec import CacheSpec, padded_capacity
 from h1bjax.config import LlamaConfig
 from pallas_kernels.packing import storage_dtype
-
-KEY_GROUP = 32
-"""Tokens that share an entry of `key_groups`."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,20 +27,22 @@ class KVCache:
     Updates return a new cache; donate the old one, so that nothing is copied.
 
     Attributes:
-        key_words: sign bits; `rows = kv_heads · sketch bits / 32`.
+        key_words: sign bits, or codes of quantised keys; `rows = kv_heads · words per column`.
         key_scales: one bf16 scalar per key, as bit patterns in paired rows;
             `scalar_rows = 2·kv_heads`.
-        key_groups: room for codecs with scalars per group of 32 tokens, as KIVI's per-channel
-            scale and zero (arXiv 2402.02750); None with every codec so far.
+        key_groups: bf16 scale and zero in one word, of every channel and group of tokens, for
+            keys quantised per channel; `channels = kv_heads · head_dim`.
         keys: exact keys after RoPE, in `dtype`; `channels = kv_heads · head_dim`.
         value_words: value codes; `rows = kv_heads · words per column`.
-        value_affine: bf16 scale and zero of each value in one word.
+        value_affine: bf16 scale and zero of each value, or of each group of its channels, in one
+            word; `group_rows = kv_heads · groups of a head`.
         values: exact values, in `dtype`.
         window_keys: bf16 keys after RoPE of the first S tokens, then a ring of the latest W,
             where token n ≥ S lies in slot `S + (n - S) mod W`.
         window_values: the values of the same tokens.
         lengths: tokens each row holds so far.
         spec: what is stored. Static.
+        capacity: tokens each row has room for, a multiple of 128. Static.
         head_dim: channels of a key. Static.
         dtype: of exact keys and values; the compute dtype. Static.
         sliding_window: the model's, which no row may outgrow; None where it has none. Static.
@@ -50,15 +50,16 @@ class KVCache:
 
     key_words: Int32[Array, "layers batch rows tokens"] | None
     key_scales: UInt16[Array, "layers batch scalar_rows half_tokens"] | None
-    key_groups: UInt16[Array, "layers batch group_rows groups"] | None
+    key_groups: Int32[Array, "layers batch channels groups"] | None
     keys: Shaped[Array, "layers batch tokens channels"] | None
     value_words: Int32[Array, "layers batch rows tokens"] | None
-    value_affine: Int32[Array, "layers batch kv_heads tokens"] | None
+    value_affine: Int32[Array, "layers batch group_rows tokens"] | None
     values: Shaped[Array, "layers batch tokens channels"] | None
     window_keys: UInt16[Array, "layers batch window channels"] | None
     window_values: UInt16[Array, "layers batch window channels"] | None
     lengths: Int32[Array, "batch"]
     spec: CacheSpec = field(metadata={"static": True})
+    capacity: int = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
     dtype: jnp.dtype = field(metadata={"static": True})
     sliding_window: int | None = field(metadata={"static": True})
@@ -83,7 +84,8 @@ class KVCache:
             dtype: the compute dtype, in which exact keys and values are stored.
 
         Raises:
-            ValueError: a size is not positive, or `max_length` exceeds the model's sliding window.
+            ValueError: a size is not positive, `max_length` exceeds the model's sliding window,
+                or the spec does not take the model's head dimension.
         """
         if batch <= 0:
             raise ValueError(f"batch={batch} must be positive")
@@ -100,27 +102,29 @@ class KVCache:
         def zeros(shape: tuple[int, int], dtype: DTypeLike) -> Array:
             return jnp.zeros((config.num_layers, batch, *shape), dtype)
 
-        if spec.keys is None:
-            key_words = key_scales = None
-            keys = zeros((capacity, channels), storage_dtype(dtype))
-        else:
+        spec.check_head_dim(head_dim)
+        key_words = key_scales = key_groups = keys = None
+        if isinstance(spec.keys, ChannelQuantisedKeys):
+            key_words = zeros((heads * spec.keys.words(head_dim), capacity), jnp.int32)
+            key_groups = zeros((channels, capacity // spec.keys.group), jnp.int32)
+        elif spec.keys is not None:
             rows = heads * spec.keys.sketch_bits(head_dim) // 32
             key_words = zeros((rows, capacity), jnp.int32)
-            paired = (2 * heads, capacity // 2)
-            key_scales = zeros(paired, jnp.uint16) if spec.keys.scaled else None
-            keys = None
-        if spec.values is None:
-            value_words = value_affine = None
-            values = zeros((capacity, channels), storage_dtype(dtype))
-        else:
+            if spec.keys.scaled:
+                key_scales = zeros((2 * heads, capacity // 2), jnp.uint16)
+        elif not spec.evict:
+            keys = zeros((capacity, channels), storage_dtype(dtype))
+        value_words = value_affine = values = None
+        if spec.values is not None:
             value_words = zeros((heads * spec.values.words(head_dim), capacity), jnp.int32)
-            value_affine = zeros((heads, capacity), jnp.int32)
-            values = None
+            value_affine = zeros((heads * spec.values.groups(head_dim), capacity), jnp.int32)
+        elif not spec.evict:
+            values = zeros((capacity, channels), storage_dtype(dtype))
         window = (spec.exact_tokens, channels)
         return cls(
             key_words=key_words,
             key_scales=key_scales,
-            key_groups=None,
+            key_groups=key_groups,
             keys=keys,
             value_words=value_words,
             value_affine=value_affine,
@@ -129,33 +133,33 @@ class KVCache:
             window_values=zeros(window, jnp.uint16) if spec.exact_tokens else None,
             lengths=jnp.zeros(batch, jnp.int32),
             spec=spec,
+            capacity=capacity,
             head_dim=head_dim,
             dtype=jnp.dtype(dtype),
             sliding_window=config.sliding_window,
         )
 
     @property
-    def capacity(self) -> int:
-        """Tokens allocated per sequence, a multiple of 128."""
-        if self.keys is not None:
-            return self.keys.shape[2]
-        assert self.key_words is not None
-        return self.key_words.shape[3]
-
-    @property
     def layers(self) -> int:
         """Layers held."""
-        stored = self.key_words if self.keys is None else self.keys
-        assert stored is not None
-        return stored.shape[0]
+        return self._some_keys.shape[0]
 
     @property
     def kv_heads(self) -> int:
         """KV heads of a layer."""
-        if self.keys is not None:
-            return self.keys.shape[3] // self.head_dim
-        assert self.key_words is not None and self.spec.keys is not None
-        return 32 * self.key_words.shape[2] // self.spec.keys.sketch_bits(self.head_dim)
+        some = self._some_keys
+        if some is not self.key_words:
+            return some.shape[3] // self.head_dim
+        if isinstance(self.spec.keys, ChannelQuantisedKeys):
+            return some.shape[2] // self.spec.keys.words(self.head_dim)
+        assert self.spec.keys is not None
+        return 32 * some.shape[2] // self.spec.keys.sketch_bits(self.head_dim)
+
+    @property
+    def _some_keys(self) -> Array:
+        """Whichever array of keys there is."""
+        found = (self.window_keys, self.keys, self.key_words)
+        return next(array for array in found if array is not None)
 
     @property
     def limit(self) -> int:
@@ -229,7 +233,9 @@ class KVCache:
                 f"max_length={max_length} exceeds the model's sliding window of "
                 f"{self.sliding_window} tokens"
             )
-        added = padded_capacity(max_length) - self.capacity
+        capacity = padded_capacity(max_length)
+        added = capacity - self.capacity
+        group = self.spec.keys.group if isinstance(self.spec.keys, ChannelQuantisedKeys) else 1
 
         def pad(array: Array | None, axis: int, amount: int) -> Array | None:
             widths = [(0, amount if axis == index else 0) for index in range(4)]
@@ -239,9 +245,10 @@ class KVCache:
             self,
             key_words=pad(self.key_words, 3, added),
             key_scales=pad(self.key_scales, 3, added // 2),
-            key_groups=pad(self.key_groups, 3, added // KEY_GROUP),
+            key_groups=pad(self.key_groups, 3, added // group),
             keys=pad(self.keys, 2, added),
             value_words=pad(self.value_words, 3, added),
             value_affine=pad(self.value_affine, 3, added),
             values=pad(self.values, 2, added),
+            capacity=capacity,
         )

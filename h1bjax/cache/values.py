@@ -1,21 +1,25 @@
-"""Value codecs: how a value becomes a few-bit codes with one scale and zero."""
+"""Value codecs: how a value becomes few-bit codes, with a scale and zero for all or for groups."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int32, Key
+from einops import rearrange
+from jaxtyping import Array, BFloat16, Float, Int32, Key, Shaped
 
+from h1bjax.cache.affine import dequantise, quantise
 from pallas_kernels.packing import words_per_column
 
 
 class EncodedValues(NamedTuple):
-    """Quantised values before packing: `v ≈ zero + scale·code`."""
+    """Quantised values before packing: `v ≈ zero + scale·code`.
+
+    There are `groups = head_dim / group` scales and zeros, one where the whole head shares them.
+    """
 
     codes: Int32[Array, "*tokens kv_heads head_dim"]
-    scale: BFloat16[Array, "*tokens kv_heads"]
-    zero: BFloat16[Array, "*tokens kv_heads"]
+    scale: BFloat16[Array, "*tokens kv_heads groups"]
+    zero: BFloat16[Array, "*tokens kv_heads groups"]
 
 
 @dataclass(frozen=True)
@@ -27,44 +31,57 @@ class QuantisedValues:
         rotated: whether the model's values are rotated by an orthogonal matrix first, which
             spreads outlier channels. The rotation is folded into the weights when a model is
             loaded (`fold_value_rotation`) and costs nothing at run time.
+        group: consecutive channels that share a scale and zero; None for the whole head.
 
     Raises:
-        ValueError: another width.
+        ValueError: another width, or a group that is not positive.
     """
 
     bits: int = 4
     rotated: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
             raise ValueError(f"values of {self.bits} bits are not supported; use 4, 3 or 2")
+        if self.group is not None and self.group <= 0:
+            raise ValueError(f"groups of {self.group} channels must be positive")
 
     def words(self, head_dim: int) -> int:
         """int32 words per token and KV head."""
         return words_per_column(head_dim, self.bits)
 
+    def groups(self, head_dim: int) -> int:
+        """Pairs of scale and zero per token and KV head.
+
+        Raises:
+            ValueError: the head dimension is no multiple of the group.
+        """
+        group = self.group or head_dim
+        if head_dim % group:
+            raise ValueError(
+                f"values with a scale for {group} channels need a head dimension that is a "
+                f"multiple of {group}, got {head_dim}"
+            )
+        return head_dim // group
+
     def encode(self, values: Float[Array, "*tokens kv_heads head_dim"]) -> EncodedValues:
         """Quantises values with the scale and zero as they are stored."""
-        values = values.astype(jnp.float32)
-        top = 2**self.bits - 1
-        lowest, highest = jnp.min(values, axis=-1), jnp.max(values, axis=-1)
-        zero = lowest.astype(jnp.bfloat16)
-        scale = ((highest - lowest) / top).astype(jnp.bfloat16)
-        step = scale.astype(jnp.float32)[..., None]
-        offset = values - zero.astype(jnp.float32)[..., None]
-        level = jnp.where(step > 0, offset / jnp.where(step > 0, step, 1.0), 0.0)
-        return EncodedValues(
-            jnp.clip(jnp.round(level), 0, top).astype(jnp.int32),
-            scale,
-            zero,
-        )
+        grouped = self._grouped(values)
+        codes, scale, zero = quantise(grouped, self.bits, axis=-1)
+        return EncodedValues(codes.reshape(values.shape), scale, zero)
 
     def decode(self, encoded: EncodedValues) -> Float[Array, "*tokens kv_heads head_dim"]:
         """The float32 values that attention reads."""
-        scale, zero = (
-            scalar.astype(jnp.float32)[..., None] for scalar in (encoded.scale, encoded.zero)
-        )
-        return zero + scale * encoded.codes
+        grouped = self._grouped(encoded.codes)
+        decoded = dequantise(grouped, encoded.scale, encoded.zero, axis=-1)
+        return decoded.reshape(encoded.codes.shape)
+
+    def _grouped(
+        self, per_head: Shaped[Array, "*tokens kv_heads head_dim"]
+    ) -> Shaped[Array, "*tokens kv_heads groups channels"]:
+        groups = self.groups(per_head.shape[-1])
+        return rearrange(per_head, "... (g c) -> ... g c", g=groups)
 
 
 def random_rotation(

@@ -54,6 +54,17 @@ def read_window(
     return keys, values
 
 
+def recent_keys(
+    cache: KVCache, layer: Int32[Array, ""], count: int
+) -> BFloat16[Array, "batch count kv_heads head_dim"]:
+    """Keys of each row's latest `count <= W` tokens; arbitrary where a row holds fewer."""
+    assert cache.window_keys is not None
+    position = jnp.maximum(cache.lengths[:, None] + jnp.arange(-count, 0), 0)
+    row = jnp.arange(cache.batch)[:, None]
+    stored = cache.window_keys[layer, row, _slot(cache, position)]
+    return rearrange(from_storage(stored, jnp.bfloat16), "b t (k d) -> b t k d", d=cache.head_dim)
+
+
 def write_window(
     cache: KVCache,
     layer: Int32[Array, ""],
@@ -64,10 +75,9 @@ def write_window(
     """Writes a chunk's tokens into one layer's window, each slot at most once."""
     sinks, window = cache.spec.sinks, cache.spec.window
     end = jnp.max(positions, axis=1, keepdims=True)
-    slot = jnp.where(positions < sinks, positions, sinks + (positions - sinks) % window)
     kept = (positions >= 0) & ((positions < sinks) | (positions > end - window))
     # Slots beyond the window are dropped by the scatter.
-    slot = jnp.where(kept, slot, sinks + window)
+    slot = jnp.where(kept, _slot(cache, positions), sinks + window)
     row = jnp.arange(cache.batch)[:, None]
 
     def write(array: UInt16[Array, "layers batch window channels"], chunk: Array) -> Array:
@@ -80,3 +90,8 @@ def write_window(
         window_keys=write(cache.window_keys, keys),
         window_values=write(cache.window_values, values),
     )
+
+
+def _slot(cache: KVCache, position: Int32[Array, "batch tokens"]) -> Int32[Array, "batch tokens"]:
+    sinks, window = cache.spec.sinks, cache.spec.window
+    return jnp.where(position < sinks, position, sinks + (position - sinks) % window)

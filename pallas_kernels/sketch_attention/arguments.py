@@ -28,12 +28,14 @@ class PackedValues:
 
     Attributes:
         words: one code per channel; `rows = kv_heads · words per column`.
-        affine: scale (high half) and zero of each value, both bf16, in one word.
+        affine: scale (high half) and zero of each value, both bf16, in one word, or of each of
+            the groups into which the channels of a head are divided; `group_rows = kv_heads ·
+            groups`. `sketch_attention` itself takes whole heads only.
         bits: width of a code: 4, 3 or 2. Static.
     """
 
     words: Int32[Array, "layers batch rows tokens"]
-    affine: Int32[Array, "layers batch kv_heads tokens"]
+    affine: Int32[Array, "layers batch group_rows tokens"]
     bits: int = field(metadata={"static": True})
 
 

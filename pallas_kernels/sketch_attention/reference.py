@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.packing import unpack_rows, unpack_scalar_pair, unpack_scalars
+from pallas_kernels.packing import (
+    unpack_rows,
+    unpack_scalar_pair,
+    unpack_scalars,
+    words_per_column,
+)
 from pallas_kernels.rotary import rotate
 from pallas_kernels.sketch_attention.arguments import (
     BlockRope,
@@ -95,14 +100,18 @@ def packed_values(values: PackedValues, layer: Int32[Array, ""], head_dim: int) 
 
 def _dequantise(
     words: Int32[Array, "batch rows block"],
-    affine: Int32[Array, "batch kv_heads block"],
+    affine: Int32[Array, "batch group_rows block"],
     bits: int,
     head_dim: int,
 ) -> Float[Array, "batch kv_heads block head_dim"]:
-    scale, zero = (rows[:, :, None] for rows in unpack_scalar_pair(affine))
-    per_head = rearrange(words, "b (k w) t -> b k w t", k=affine.shape[1])
+    per_head = rearrange(words, "b (k w) t -> b k w t", w=words_per_column(head_dim, bits))
     codes = unpack_rows(per_head, bits, head_dim).astype(jnp.float32)
-    return rearrange(zero + scale * codes, "b k d t -> b k t d")
+    scale, zero = (
+        rearrange(half, "b (k g) t -> b k g 1 t", k=codes.shape[1])
+        for half in unpack_scalar_pair(affine)
+    )
+    grouped = rearrange(codes, "b k (g c) t -> b k g c t", g=scale.shape[2])
+    return rearrange(zero + scale * grouped, "b k g c t -> b k t (g c)")
 
 
 def _signs(

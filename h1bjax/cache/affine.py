@@ -1,0 +1,33 @@
+"""Uniform codes between a minimum and a maximum, with a bf16 scale and zero."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int32
+
+
+def quantise(
+    x: Float[Array, "*shape"], bits: int, axis: int
+) -> tuple[Int32[Array, "*shape"], BFloat16[Array, "*shared"], BFloat16[Array, "*shared"]]:
+    """Codes in `[0, 2ⁿ)`, and the scale and zero that numbers along `axis` share.
+
+    `zero = min x` and `scale = (max x - min x)/(2ⁿ - 1)`; codes are computed with both as they
+    are stored. The shape of scale and zero is that of `x` without `axis`.
+    """
+    x = x.astype(jnp.float32)
+    top = 2**bits - 1
+    lowest, highest = jnp.min(x, axis=axis), jnp.max(x, axis=axis)
+    zero = lowest.astype(jnp.bfloat16)
+    scale = ((highest - lowest) / top).astype(jnp.bfloat16)
+    step, shift = (jnp.expand_dims(s.astype(jnp.float32), axis) for s in (scale, zero))
+    level = jnp.where(step > 0, (x - shift) / jnp.where(step > 0, step, 1.0), 0.0)
+    return jnp.clip(jnp.round(level), 0, top).astype(jnp.int32), scale, zero
+
+
+def dequantise(
+    codes: Int32[Array, "*shape"],
+    scale: BFloat16[Array, "*shared"],
+    zero: BFloat16[Array, "*shared"],
+    axis: int,
+) -> Float[Array, "*shape"]:
+    """`zero + scale·code`, in float32."""
+    step, shift = (jnp.expand_dims(s.astype(jnp.float32), axis) for s in (scale, zero))
+    return shift + step * codes
