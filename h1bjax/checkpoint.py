@@ -227,7 +227,8 @@ def save_pretrained(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if source is not None:
-        _copy_text_files(source, folder)
+        for text_file in _text_files(source):
+            shutil.copyfile(text_file, folder / text_file.name)
     (folder / "config.json").write_text(config_json, encoding="utf-8")
 
 
@@ -250,7 +251,13 @@ def _floating_dtype(dtype: DTypeLike) -> np.dtype:
     return wanted
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights.
+
+    Raises:
+        FileNotFoundError: there are none, or shards of the index are missing.
+        ValueError: the index is damaged, or names files outside the folder.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
     if (folder / SINGLE_FILE).is_file():
@@ -294,7 +301,7 @@ def _read_headers(folder: Path) -> dict[str, _TensorHeader]:
     """Every tensor of the checkpoint by name, from the files' headers alone."""
     tensors: dict[str, _TensorHeader] = {}
     repeated = []
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy") as shard:
                 for name in sorted(shard.keys()):
@@ -447,6 +454,34 @@ def check_destination(folder: Path, source: Path | None = None) -> None:
         )
 
 
+def copy_pretrained(source: Path, folder: Path) -> None:
+    """Copies a model byte for byte: weights, config.json, tokenizer and generation files.
+
+    A copy that fails takes back what it wrote.
+
+    Raises:
+        FileNotFoundError: `source` lacks config.json or weights.
+        ValueError: `folder` is not empty, is `source` or is a file.
+    """
+    check_destination(folder, source)
+    weights, config = weight_files(source), source / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"There is no config.json in {source}.")
+    index = [] if weights == [source / SINGLE_FILE] else [source / INDEX_FILE]
+    # config.json comes last, so an interrupted copy leaves no folder that passes for a model.
+    files = [*weights, *index, *_text_files(source), config]
+    copies = []
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for file in tqdm(files, desc="Copying the model", unit="file", disable=None):
+            copies.append(folder / file.name)
+            shutil.copyfile(file, copies[-1])
+    except BaseException:
+        for copy in copies:
+            copy.unlink(missing_ok=True)
+        raise
+
+
 def _check_parameters(
     parameters: Mapping[str, Array], table: Mapping[str, ParameterInfo], config: LlamaConfig
 ) -> None:
@@ -544,8 +579,7 @@ def _write_safetensors(path: Path, tensors: list[_StoredTensor]) -> Iterator[int
             yield tensor.nbytes
 
 
-def _copy_text_files(source: Path, folder: Path) -> None:
+def _text_files(source: Path) -> Iterator[Path]:
+    """The tokenizer and generation files of a model folder."""
     for pattern in (*TOKENIZER_PATTERNS, GENERATION_FILE):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        yield from (file for file in source.glob(pattern) if file.is_file())

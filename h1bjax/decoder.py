@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from h1bjax.cache import CacheSpec, CodecParameters, KVCache, append_and_attend, dense_attention
 from h1bjax.config import LlamaConfig
+from h1bjax.fused_attention import causal_attention
 from h1bjax.parameters import decoder_parameters
 from h1bjax.rope import rope_frequencies
 from pallas_kernels.rotary import rotate
@@ -53,8 +54,9 @@ class Decoder(nnx.Module):
     """A Llama-family decoder whose attention reads a key-value cache.
 
     It holds only parameters, so it is a pytree: jit it, differentiate it, shard it. Layers run
-    under `lax.scan`. Norms, RoPE angles and softmax are float32, the rest has the parameters'
-    dtype.
+    under `lax.scan`. Norms, RoPE angles and softmax are float32, the rest has the dtype of the
+    layers' matrices. Embedding, unembedding and norm weights may be wider: they are used in that
+    dtype and their gradients, sums over many tokens, are accumulated in their own.
 
     Attributes:
         embedding: `[vocab, embed]`; also the unembedding of tied models.
@@ -86,7 +88,7 @@ class Decoder(nnx.Module):
                 the spec sketches keys and there is no codec.
         """
         _check_parameters(config, parameters)
-        if (spec.keys is None) != (codec is None):
+        if (spec.sketch is None) != (codec is None):
             wanted = "needs codec parameters" if codec is None else "takes no codec parameters"
             raise ValueError(f"cache spec {spec.name!r} {wanted}")
         self.embedding = nnx.Param(parameters["embedding"])
@@ -101,16 +103,17 @@ class Decoder(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The compute dtype."""
-        return self.embedding[...].dtype
+        return self.layers.query[...].dtype
 
     def __call__(
         self,
         tokens: Int32[Array, "batch tokens"],
-        positions: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "batch tokens"] | None,
         cache: KVCache | None = None,
         *,
         exact_prefill: bool = False,
         compressed: bool = False,
+        remat: bool = False,
     ) -> tuple[Float[Array, "batch tokens vocab"], KVCache | None]:
         """Logits of the next token at every position, and the cache with these tokens appended.
 
@@ -121,33 +124,50 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: token ids.
-            positions: position of each token in its row.
+            positions: position of each token in its row. None stands for rows without padding
+                that begin at 0, which is possible only where attention is exact and without a
+                cache; it then runs fused, see `h1bjax.fused_attention`.
             cache: holds the tokens before these; None attends among these tokens alone.
             exact_prefill: whether tokens read their own chunk exactly, and only older tokens
                 from the compressed store.
             compressed: without a cache, attend as through a fresh cache of `spec`; otherwise
                 attention without a cache is exact.
+            remat: without a cache, whether a gradient keeps only the results of the matrix
+                products of each layer and computes the rest of it again.
 
         Raises:
-            ValueError: the cache is of another spec or batch, or refuses the positions; more
-                tokens than the model's sliding window without a cache.
+            ValueError: the cache is of another spec or batch, or refuses the positions; there
+                are no positions where they are needed; more tokens than the model's sliding
+                window without a cache.
         """
         hidden, cache = self.hidden(
-            tokens, positions, cache, exact_prefill=exact_prefill, compressed=compressed
+            tokens,
+            positions,
+            cache,
+            exact_prefill=exact_prefill,
+            compressed=compressed,
+            remat=remat,
         )
         return self.logits(hidden), cache
 
     def hidden(
         self,
         tokens: Int32[Array, "batch tokens"],
-        positions: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "batch tokens"] | None,
         cache: KVCache | None = None,
         *,
         exact_prefill: bool = False,
         compressed: bool = False,
+        remat: bool = False,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
         """The final hidden states, from which `logits` makes logits. See `__call__`."""
-        if tokens.shape != positions.shape:
+        if positions is None:
+            if cache is not None or compressed:
+                raise ValueError(
+                    "a cache and compressed attention need positions; leaving them out is for "
+                    "exact attention without a cache"
+                )
+        elif tokens.shape != positions.shape:
             raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must agree")
         if cache is None:
             window = self.config.sliding_window
@@ -157,16 +177,25 @@ class Decoder(nnx.Module):
                     "which this decoder does not implement"
                 )
         else:
+            assert positions is not None
             self.check_cache(cache)
             cache.check(positions)
         return self._hidden(
-            tokens, positions, cache, exact_prefill=exact_prefill, compressed=compressed
+            tokens,
+            positions,
+            cache,
+            exact_prefill=exact_prefill,
+            compressed=compressed,
+            remat=remat,
         )
 
     def logits(self, hidden: Float[Array, "*rows embed"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of final hidden states."""
-        unembed = self.embedding[...].T if self.unembedding is None else self.unembedding[...]
-        return jnp.einsum("...e,ev->...v", hidden, unembed, preferred_element_type=jnp.float32)
+        return unembed(hidden, self.unembedding_matrix())
+
+    def unembedding_matrix(self) -> Float[Array, "embed vocab"]:
+        """What takes hidden states to logits; of tied models, the embedding transposed."""
+        return self.embedding[...].T if self.unembedding is None else self.unembedding[...]
 
     @jax.jit
     def layer_outputs(
@@ -183,6 +212,39 @@ class Decoder(nnx.Module):
         _, outputs = jax.lax.scan(step, embedded, self.layers)
         return jnp.concatenate([embedded[None], outputs])
 
+    @jax.jit
+    def embed(self, tokens: Int32[Array, "batch tokens"]) -> Float[Array, "batch tokens embed"]:
+        """The residual stream before the first layer, of rows without padding."""
+        return self._embed(tokens, jnp.zeros((1, 1), jnp.int32))
+
+    @jax.jit
+    def trace_layer(
+        self, index: Int32[Array, ""], x: Float[Array, "batch tokens embed"]
+    ) -> tuple[
+        Float[Array, "batch tokens embed"],
+        Float[Array, "batch tokens heads head_dim"],
+        Float[Array, "batch tokens kv_heads head_dim"],
+    ]:
+        """One layer with exact attention over whole rows, and what its attention compares.
+
+        Args:
+            index: which layer.
+            x: the residual stream before it.
+
+        Returns:
+            The residual stream after it; its queries; its keys. Both are after RoPE.
+        """
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+
+        def attend(
+            codec: CodecParameters | None, query: Array, key: Array, value: Array
+        ) -> tuple[Array, tuple[Array, Array]]:
+            return causal_attention(query, key, value), (query, key)
+
+        layer = jax.tree.map(lambda stacked: stacked[index], self.layers)
+        x, (query, key) = self._layer(layer, None, x, positions, attend)
+        return x, query, key
+
     def init_cache(self, *, batch: int, max_length: int) -> KVCache:
         """An empty cache of this decoder's spec and dtype. See `KVCache.init`."""
         return KVCache.init(
@@ -197,28 +259,35 @@ class Decoder(nnx.Module):
         }
 
     def _embed(
-        self, tokens: Int32[Array, "batch tokens"], positions: Int32[Array, "batch tokens"]
+        self, tokens: Int32[Array, "batch tokens"], positions: Int32[Array, "#batch tokens"]
     ) -> Float[Array, "batch tokens embed"]:
         # Indexing alone would silently read the last row for an id beyond the vocabulary. Padding
         # may hold any id, and must stay finite: its values are weighted with zero.
         known = (tokens >= 0) & (tokens < self.config.vocab_size)
         instead = jnp.where(positions < 0, 0.0, jnp.nan)[..., None].astype(self.dtype)
-        return jnp.where(known[..., None], self.embedding[...][tokens], instead)
+        found = self.embedding[...][tokens].astype(self.dtype)
+        return jnp.where(known[..., None], found, instead)
 
     # Compiled here, so that calls outside of any jit do not compile the layers again each time.
-    @partial(jax.jit, static_argnames=("exact_prefill", "compressed"))
+    @partial(jax.jit, static_argnames=("exact_prefill", "compressed", "remat"))
     def _hidden(
         self,
         tokens: Int32[Array, "batch tokens"],
-        positions: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "batch tokens"] | None,
         cache: KVCache | None,
         *,
         exact_prefill: bool,
         compressed: bool,
+        remat: bool,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
+        attend: _Attend = _attend_fused
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        elif cache is None:
+            attend = self._dense(positions, self.spec if compressed else EXACT)
         x = self._embed(tokens, positions)
         if cache is None:
-            x = self._without_cache(x, positions, self.spec if compressed else EXACT)
+            x = self._without_cache(x, positions, attend, remat)
         else:
             accepted = cache.accepts(positions)[:, None]
             positions = jnp.where(accepted, positions, -1)
@@ -230,14 +299,20 @@ class Decoder(nnx.Module):
     def _without_cache(
         self,
         x: Float[Array, "batch tokens embed"],
-        positions: Int32[Array, "batch tokens"],
-        spec: CacheSpec,
+        positions: Int32[Array, "#batch tokens"],
+        attend: "_Attend",
+        remat: bool,
     ) -> Float[Array, "batch tokens embed"]:
-        attend = self._dense(positions, spec)
-
         def step(x: Array, layer: tuple[DecoderLayers, CodecParameters | None]) -> tuple:
             return self._layer(*layer, x, positions, attend)
 
+        if remat:
+            # Inside a scan nothing can be merged with the first computation of the layer.
+            step = jax.checkpoint(
+                step,
+                prevent_cse=False,
+                policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            )
         return jax.lax.scan(step, x, (self.layers, self.codec))[0]
 
     def _with_cache(
@@ -292,7 +367,7 @@ class Decoder(nnx.Module):
         layer: DecoderLayers,
         codec: CodecParameters | None,
         x: Float[Array, "batch tokens embed"],
-        positions: Int32[Array, "batch tokens"],
+        positions: Int32[Array, "#batch tokens"],
         attend: "_Attend",
     ) -> tuple[Float[Array, "batch tokens embed"], Any]:
         """One layer; `attend` gives the attention output and whatever it updated."""
@@ -330,7 +405,7 @@ class Decoder(nnx.Module):
                 f"{cache.head_dim}, but the decoder has {expected[0]}, {expected[1]} and "
                 f"{expected[2]}; make the cache with decoder.init_cache"
             )
-        if theirs.keys is None:
+        if theirs.sketch is None:
             return
         if (ours.keys, ours.rope_period) != (theirs.keys, theirs.rope_period):
             raise ValueError(
@@ -347,11 +422,11 @@ def init_codec(config: LlamaConfig, spec: CacheSpec, rng: Key[Array, ""]) -> Cod
     """Codec parameters that need no calibration: seeded random projections, no mean.
 
     Returns:
-        None for a spec with exact keys.
+        None for a spec that does not sketch keys.
     """
-    if spec.keys is None:
+    if spec.sketch is None:
         return None
-    return spec.keys.init(
+    return spec.sketch.init(
         rng, config.num_layers, config.num_kv_heads, config.num_heads, config.head_dim
     )
 
@@ -390,6 +465,21 @@ def fold_value_rotation(
     return folded
 
 
+def unembed(
+    hidden: Float[Array, "*rows embed"], matrix: Float[Array, "embed vocab"]
+) -> Float[Array, "*rows vocab"]:
+    """Float32 logits of final hidden states, multiplied in their dtype."""
+    return jnp.einsum(
+        "...e,ev->...v", hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _attend_fused(
+    codec: CodecParameters | None, query: Array, key: Array, value: Array
+) -> tuple[Array, None]:
+    return causal_attention(query, key, value), None
+
+
 def _check_parameters(config: LlamaConfig, parameters: Mapping[str, Array]) -> None:
     table = decoder_parameters(config)
     problems = [f"{name} is missing" for name in table if name not in parameters]
@@ -407,7 +497,7 @@ def _rms_norm(
 ) -> Float[Array, "*rows channels"]:
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return weight[...] * normed.astype(x.dtype)
+    return (weight[...] * normed.astype(x.dtype)).astype(x.dtype)
 
 
 def _add(x: Array, bias: nnx.Param | None) -> Array:

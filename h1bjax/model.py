@@ -1,10 +1,12 @@
 """A model that is ready to use: weights, tokenizer and cache in one immutable object."""
 
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +15,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from h1bjax.cache import CacheSpec, KVCache, random_rotation
+from h1bjax.cache import PRESETS, UNCALIBRATED, CacheSpec, CodecParameters, KVCache, random_rotation
+from h1bjax.calibration_file import (
+    calibrated_names,
+    find_calibration,
+    is_calibratable,
+    needs_calibration,
+)
 from h1bjax.checkpoint import ShardingRule, load_parameters, resolve_model, save_pretrained
 from h1bjax.config import LlamaConfig
 from h1bjax.decoder import Decoder, fold_value_rotation, init_codec
@@ -40,6 +48,10 @@ def load(
 ) -> "Model":
     """Loads a Llama-family checkpoint for generation from a compressed cache.
 
+    A calibration beside the weights that fits the cache is used. Without one, codecs that can
+    use random projections do so, and "h1b", "h1b-v3" and "h1b-v2" give way to the presets of the
+    same bytes that can, with a warning.
+
     Args:
         path_or_id: a folder in Hugging Face layout, or a hub id.
         cache: a preset's name or a spec of your own.
@@ -49,29 +61,81 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such folder or hub id, or it lacks a file.
-        ValueError: the model or cache is not supported, or the weights do not fit the config.
+        ValueError: the model or cache is not supported, the weights do not fit the config, the
+            cache needs a calibration and there is none, or a calibration was made for other
+            weights or is damaged.
     """
     spec = CacheSpec.preset(cache) if isinstance(cache, str) else cache
-    if spec.keys is not None and (not spec.keys.data_free or spec.scores == "fitted"):
-        raise ValueError(f"the cache {spec.name!r} needs a calibration, and there is none")
-    folder = resolve_model(path_or_id)
+    stand_in = _stand_in(spec)
+    # The hub delivers no calibrations, so a cache that needs one is refused before gigabytes come.
+    folder = resolve_model(path_or_id, config_only=stand_in is None and needs_calibration(spec))
     config = LlamaConfig.from_hf(folder)
+    spec.check_head_dim(config.head_dim)
+    calibration = find_calibration(folder, spec) if is_calibratable(spec) else None
+    if calibration is None:
+        advice = _advice(spec, path_or_id, folder)
+        if stand_in is not None:
+            warnings.warn(
+                f"the cache {spec.name!r} is not calibrated for this model, so {stand_in.name!r}, "
+                f"of as many bytes, stands in for it; {advice}",
+                stacklevel=2,
+            )
+            spec, calibration = stand_in, find_calibration(folder, stand_in)
+        elif needs_calibration(spec):
+            raise ValueError(
+                f"the cache {spec.name!r} needs a calibration, and there is none for this model; "
+                f"{advice}"
+            )
+        elif spec.sketch is not None:
+            warnings.warn(
+                f"the cache {spec.name!r} is not calibrated for this model: it uses random "
+                f"projections and may lose quality; {advice}",
+                stacklevel=2,
+            )
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
-    if spec.keys is not None:
-        warnings.warn(
-            f"the cache {spec.name!r} is not calibrated for this model: it uses random "
-            "projections and may lose quality",
-            stacklevel=2,
-        )
     parameters = load_parameters(folder, config, dtype or config.dtype, sharding)
+    if calibration is None:
+        codec, rotation = random_projections(config, spec, seed)
+    else:
+        codec, rotation = calibration.codec, calibration.rotation
+    if rotation is not None:
+        parameters = fold_value_rotation(config, parameters, rotation)
+    return Model(Decoder(config, parameters, spec, codec), tokenizer)
+
+
+def _stand_in(spec: CacheSpec) -> CacheSpec | None:
+    """The preset that takes the place of an uncalibrated one, if it has such a preset."""
+    if PRESETS.get(spec.name) != spec or spec.name not in UNCALIBRATED:
+        return None
+    return PRESETS[UNCALIBRATED[spec.name]]
+
+
+def _advice(spec: CacheSpec, path_or_id: str | PathLike[str], folder: Path) -> str:
+    """How to calibrate."""
+    advice = "h1bjax.calibrate.calibrate makes one for a spec of your own"
+    if PRESETS.get(spec.name) == spec:
+        model = shlex.quote(str(path_or_id))
+        advice = (
+            f"calibrate it with: h1bjax calibrate --model {model} --text FILE --cache {spec.name} "
+            "--out DIR"
+        )
+    if names := calibrated_names(folder):
+        advice += f" (there are calibrations for {', '.join(names)})"
+    return advice
+
+
+def random_projections(
+    config: LlamaConfig, spec: CacheSpec, seed: int
+) -> tuple[CodecParameters | None, Array | None]:
+    """What an uncalibrated cache uses: codec parameters and the rotation of the values."""
     codec_key, rotation_key = jax.random.split(jax.random.key(seed))
+    rotation = None
     if spec.values is not None and spec.values.rotated:
         rotation = random_rotation(
             rotation_key, config.num_layers, config.num_kv_heads, config.head_dim
         )
-        parameters = fold_value_rotation(config, parameters, rotation)
-    return Model(Decoder(config, parameters, spec, init_codec(config, spec, codec_key)), tokenizer)
+    return init_codec(config, spec, codec_key), rotation
 
 
 @dataclass(frozen=True)
@@ -224,6 +288,10 @@ class Model:
         self, folder: str | PathLike[str], source: str | PathLike[str] | None = None
     ) -> None:
         """Writes the weights as a folder that transformers and `load` load.
+
+        They are those of this decoder, in its dtype and with the cache's value rotation, if any,
+        folded in: other weights than the checkpoint's, for which its calibrations do not hold.
+        So calibrations are not copied.
 
         Args:
             folder: new or empty.

@@ -42,8 +42,15 @@ def test_an_uncalibrated_cache_warns(toy_folder):
         h1bjax.load(toy_folder)
 
 
-def test_an_exact_cache_needs_no_calibration(toy_folder):
-    h1bjax.load(toy_folder, cache="exact")
+@pytest.mark.parametrize("cache", ["exact", "kivi-2", "sinks-window"])
+def test_a_cache_without_sketches_needs_no_calibration(toy_folder, cache):
+    assert h1bjax.load(toy_folder, cache=cache).decoder.codec is None
+
+
+def test_a_cache_that_does_not_take_the_models_head_dimension_is_refused(tmp_path):
+    folder = write_toy(tmp_path, head_dim=16)
+    with pytest.raises(ValueError, match="a head dimension that is a multiple of 32, got 16"):
+        h1bjax.load(folder, cache="kivi-2")
 
 
 def test_a_spec_of_ones_own_is_a_cache(toy_folder):

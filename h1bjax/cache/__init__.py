@@ -1,6 +1,7 @@
 """The compressed key-value cache, the heart of the library."""
 
 from h1bjax.cache.attend import append_and_attend
+from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.dense import dense_attention
 from h1bjax.cache.keys import (
     CodecParameters,
@@ -10,12 +11,14 @@ from h1bjax.cache.keys import (
     TwoPlanes,
 )
 from h1bjax.cache.kv_cache import KVCache
-from h1bjax.cache.spec import PRESETS, CacheSpec, padded_capacity
+from h1bjax.cache.spec import PRESETS, UNCALIBRATED, CacheSpec, padded_capacity
 from h1bjax.cache.values import QuantisedValues, random_rotation
 
 __all__ = [
     "PRESETS",
+    "UNCALIBRATED",
     "CacheSpec",
+    "ChannelQuantisedKeys",
     "CodecParameters",
     "GaussianSigns",
     "KVCache",

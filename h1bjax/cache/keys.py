@@ -8,14 +8,20 @@ live in `CodecParameters`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import pi
+from functools import partial
+from math import ceil, pi
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
+
+from h1bjax.cache.fitting.rotation import iterative_quantisation
+from h1bjax.cache.fitting.sample import KeySample
+from h1bjax.cache.fitting.transform_coding import DEEPEST, fit_linear_code
 
 _EXACT = jax.lax.Precision.HIGHEST
 _WORD_BITS = 32
@@ -49,6 +55,8 @@ class CodecParameters(nnx.Module):
         transform: the decoder `A`, for codecs whose decoder is not derived from the projection.
         levels: half the number of quantiser levels behind each bit (`LinearCode` only).
         weight: the place value of each bit in its level (`LinearCode` only).
+        metric: symmetric; how much each direction of a key matters to queries, in which the
+            scalar is computed (`LinearCode` with a scalar only).
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class CodecParameters(nnx.Module):
         transform: Float[Array, "layers kv_heads head_dim bits"] | None = None,
         levels: Float[Array, "layers kv_heads bits"] | None = None,
         weight: Float[Array, "layers kv_heads bits"] | None = None,
+        metric: Float[Array, "layers kv_heads head_dim head_dim"] | None = None,
     ):
         self.projection = nnx.Param(projection)
         self.mean = nnx.Param(mean)
@@ -68,20 +77,43 @@ class CodecParameters(nnx.Module):
         self.transform = None if transform is None else nnx.Param(transform)
         self.levels = None if levels is None else nnx.Param(levels)
         self.weight = None if weight is None else nnx.Param(weight)
+        self.metric = None if metric is None else nnx.Param(metric)
+
+    def with_scores(
+        self, temperature: Float[Array, "*layers heads"], offset: Float[Array, "*layers heads"]
+    ) -> "CodecParameters":
+        """The same codec with another temperature and offset."""
+
+        def unchanged(param: nnx.Param | None) -> Array | None:
+            return None if param is None else param[...]
+
+        return CodecParameters(
+            self.projection[...],
+            self.mean[...],
+            temperature,
+            offset,
+            transform=unchanged(self.transform),
+            levels=unchanged(self.levels),
+            weight=unchanged(self.weight),
+            metric=unchanged(self.metric),
+        )
 
 
 @dataclass(frozen=True)
 class KeyCodec(ABC):
     """What the cache asks of a sketching key codec. `parameters` are those of one layer."""
 
-    scaled: ClassVar[bool] = True
-    """Whether a bf16 scalar is stored with each key."""
     signed_query: ClassVar[bool] = False
     """Whether queries are reduced to signs too."""
     planes: ClassVar[int] = 1
     """How many bits hold one component, see `SketchQuery.planes`."""
     data_free: ClassVar[bool] = True
     """Whether the parameters of `init` are of use before calibration."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a bf16 scalar is stored with each key."""
+        return True
 
     @abstractmethod
     def sketch_bits(self, head_dim: int) -> int:
@@ -96,6 +128,16 @@ class KeyCodec(ABC):
         self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
     ) -> CodecParameters:
         """Parameters that need no data: a seeded random projection, no mean, τ = 1, δ = 0."""
+
+    @abstractmethod
+    def fit(self, rng: Key[Array, ""], sample: KeySample, heads: int) -> CodecParameters:
+        """Parameters of one layer, without a layers axis, fitted to a sample of it; τ = 1, δ = 0.
+
+        Args:
+            rng: of whatever the fit begins with.
+            sample: the layer's.
+            heads: query heads.
+        """
 
     @abstractmethod
     def encode(
@@ -131,8 +173,11 @@ class GaussianSigns(KeyCodec):
     """
 
     bits: int = 256
-    scaled: ClassVar[bool] = False
     signed_query: ClassVar[bool] = True
+
+    @property
+    def scaled(self) -> bool:
+        return False
 
     def sketch_bits(self, head_dim: int) -> int:
         return _packable(self.bits)
@@ -142,6 +187,11 @@ class GaussianSigns(KeyCodec):
     ) -> CodecParameters:
         shape = (layers, kv_heads, self.sketch_bits(head_dim), head_dim)
         return _uncalibrated(jax.random.normal(rng, shape), heads)
+
+    def fit(self, rng: Key[Array, ""], sample: KeySample, heads: int) -> CodecParameters:
+        """Those of `init`: as published, only the temperature depends on data."""
+        kv_heads, _, head_dim = sample.keys.shape
+        return _first_layer(self.init(rng, 1, kv_heads, heads, head_dim))
 
     def encode(
         self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
@@ -174,6 +224,11 @@ class OrthogonalSigns(KeyCodec):
     ) -> CodecParameters:
         components = self.sketch_bits(head_dim)
         return _uncalibrated(_orthogonal(rng, layers, kv_heads, components, head_dim), heads)
+
+    def fit(self, rng: Key[Array, ""], sample: KeySample, heads: int) -> CodecParameters:
+        """Centres keys and fits the rotation by iterative quantisation."""
+        components = self.sketch_bits(sample.keys.shape[-1])
+        return _fit_rotation(rng, sample, heads, components, _signs)
 
     def encode(
         self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
@@ -210,12 +265,20 @@ class TwoPlanes(KeyCodec):
         components = self.sketch_bits(head_dim) // 2
         return _uncalibrated(_orthogonal(rng, layers, kv_heads, components, head_dim), heads)
 
+    def fit(self, rng: Key[Array, ""], sample: KeySample, heads: int) -> CodecParameters:
+        """Centres keys and fits the rotation by iterative quantisation."""
+        components = self.sketch_bits(sample.keys.shape[-1]) // 2
+
+        def code(u: Float[Array, "samples components"]) -> Float[Array, "samples components"]:
+            return jnp.where(self._large(u), 3.0, 1.0) * _signs(u)
+
+        return _fit_rotation(rng, sample, heads, components, code)
+
     def encode(
         self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
     ) -> EncodedKeys:
         centred, u = _project(parameters, keys)
-        typical = jnp.sqrt(jnp.mean(jnp.square(u), axis=-1, keepdims=True))
-        positive, large = u >= 0, jnp.abs(u) > self.threshold * typical
+        positive, large = u >= 0, self._large(u)
         code_dot_u = jnp.sum(jnp.where(large, 3.0, 1.0) * jnp.abs(u), axis=-1)
         bits = jnp.concatenate([positive, positive == large], axis=-1)
         return EncodedKeys(bits, _scalar(centred, code_dot_u))
@@ -228,6 +291,10 @@ class TwoPlanes(KeyCodec):
 
     def noise(self, head_dim: int) -> tuple[float, int] | None:
         return 0.132, self.sketch_bits(head_dim) // 2 - 1
+
+    def _large(self, u: Float[Array, "*vectors components"]) -> Bool[Array, "*vectors components"]:
+        typical = jnp.sqrt(jnp.mean(jnp.square(u), axis=-1, keepdims=True))
+        return jnp.abs(u) > self.threshold * typical
 
 
 @dataclass(frozen=True)
@@ -242,26 +309,34 @@ class LinearCode(KeyCodec):
 
     The parameters describe keys as they are, so they come from calibration; `init` gives a valid
     but untuned start for keys of unit variance.
+
+    With `scaled`, the decoded key is stretched by `s = ‖y‖²/(y·ŷ)`, where y and ŷ are
+    `metric (k - μ)` before and after coding, so that like a RaBitQ sketch it has the exact
+    component along the key itself. Without, decoded keys are as near as possible to the true
+    ones and therefore too short, which costs retrieval far more than it saves elsewhere.
+
+    Attributes:
+        rate: bits per channel of the head; their number is rounded up to a multiple of 32.
+        scaled: whether a bf16 scalar is stored with each key.
     """
 
-    bits: int = 128
-    scaled: ClassVar[bool] = False
+    rate: float = 1.0
+    scaled: bool = True
     data_free: ClassVar[bool] = False
+    longest: ClassVar[float] = 3.0
+    """The most that a key is stretched: one that its code hardly describes stays short."""
 
     def sketch_bits(self, head_dim: int) -> int:
-        return _packable(self.bits)
+        if not 0 < self.rate <= DEEPEST:
+            raise ValueError(f"rate={self.rate} bits per channel must be in (0, {DEEPEST}]")
+        # A rate that was itself a quotient may miss the bits it stands for by a rounding error.
+        return _round_up(ceil(round(self.rate * head_dim, 6)), _WORD_BITS)
 
     def init(
         self, rng: Key[Array, ""], layers: int, kv_heads: int, heads: int, head_dim: int
     ) -> CodecParameters:
-        """Spreads the bits evenly over a random basis, with steps that cover ±2 per component.
-
-        Raises:
-            ValueError: the width does not pack, or gives a component more than 16 bits.
-        """
+        """Spreads the bits evenly over a random basis, with steps that cover ±2 per component."""
         bits = self.sketch_bits(head_dim)
-        if bits > 16 * head_dim:
-            raise ValueError(f"{bits} bits are more than 16 for each of {head_dim} channels")
         basis = _orthogonal(rng, layers, kv_heads, head_dim, head_dim)
         bit = jnp.arange(bits)
         component, place = bit % head_dim, bit // head_dim
@@ -279,6 +354,25 @@ class LinearCode(KeyCodec):
             transform=jnp.swapaxes(rows * (weight * step / 2)[:, None], -1, -2),
             levels=jnp.broadcast_to(2.0 ** (depth - 1), stacked),
             weight=jnp.broadcast_to(weight, stacked),
+            metric=jnp.broadcast_to(jnp.eye(head_dim), (layers, kv_heads, head_dim, head_dim))
+            if self.scaled
+            else None,
+        )
+
+    def fit(self, rng: Key[Array, ""], sample: KeySample, heads: int) -> CodecParameters:
+        """Centres keys and fits a transform code, see `fit_linear_code`."""
+        bits = self.sketch_bits(sample.keys.shape[-1])
+        mean, centred = _centre(sample.keys)
+        fitted = jax.vmap(partial(fit_linear_code, bits=bits))(centred, sample.query_moment)
+        return CodecParameters(
+            fitted.projection,
+            mean,
+            temperature=jnp.ones(heads),
+            offset=jnp.zeros(heads),
+            transform=fitted.transform,
+            levels=fitted.levels,
+            weight=fitted.weight,
+            metric=fitted.metric if self.scaled else None,
         )
 
     def encode(
@@ -286,9 +380,19 @@ class LinearCode(KeyCodec):
     ) -> EncodedKeys:
         assert parameters.levels is not None and parameters.weight is not None
         levels, weight = parameters.levels[...], parameters.weight[...]
-        x = _project(parameters, keys)[1]
+        centred, x = _project(parameters, keys)
         level = jnp.clip(jnp.floor(x) + levels, 0.0, 2.0 * levels - 1.0)
-        return EncodedKeys(jnp.floor(level / weight) % 2 == 1, None)
+        bits = jnp.floor(level / weight) % 2 == 1
+        if parameters.metric is None:
+            return EncodedKeys(bits, None)
+        signs, transform = jnp.where(bits, 1.0, -1.0), self.query_transform(parameters)
+        decoded = jnp.einsum("...kc,kdc->...kd", signs, transform, precision=_EXACT)
+        true, read = (
+            jnp.einsum("...kd,kde->...ke", x, parameters.metric[...], precision=_EXACT)
+            for x in (centred, decoded)
+        )
+        scale = _scalar(true, jnp.sum(true * read, axis=-1))
+        return EncodedKeys(bits, jnp.minimum(scale, self.longest))
 
     def query_transform(
         self, parameters: CodecParameters
@@ -331,6 +435,36 @@ def _uncalibrated(
     )
 
 
+def _first_layer(parameters: CodecParameters) -> CodecParameters:
+    return jax.tree.map(lambda array: array[0], parameters)
+
+
+def _signs(u: Float[Array, "*vectors components"]) -> Float[Array, "*vectors components"]:
+    return jnp.where(u >= 0, 1.0, -1.0)
+
+
+def _centre(
+    keys: Float[Array, "kv_heads samples head_dim"],
+) -> tuple[Float[Array, "kv_heads head_dim"], Float[Array, "kv_heads samples head_dim"]]:
+    mean = jnp.mean(keys, axis=1)
+    return mean, keys - mean[:, None]
+
+
+def _fit_rotation(
+    rng: Key[Array, ""],
+    sample: KeySample,
+    heads: int,
+    components: int,
+    code: Callable[[Float[Array, "samples components"]], Float[Array, "samples components"]],
+) -> CodecParameters:
+    mean, centred = _centre(sample.keys)
+    rngs = jax.random.split(rng, len(mean))
+    rotation = jax.vmap(partial(iterative_quantisation, components=components, code=code))(
+        rngs, centred
+    )
+    return CodecParameters(rotation, mean, temperature=jnp.ones(heads), offset=jnp.zeros(heads))
+
+
 def _project(
     parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
 ) -> tuple[Float[Array, "*tokens kv_heads head_dim"], Float[Array, "*tokens kv_heads components"]]:
@@ -340,9 +474,11 @@ def _project(
 
 
 def _scalar(
-    centred: Float[Array, "*tokens kv_heads head_dim"],
-    code_dot_u: Float[Array, "*tokens kv_heads"],
+    true: Float[Array, "*tokens kv_heads channels"],
+    read_dot_true: Float[Array, "*tokens kv_heads"],
 ) -> Float[Array, "*tokens kv_heads"]:
-    energy = jnp.sum(jnp.square(centred), axis=-1)
-    scale = jnp.where(code_dot_u > 0, energy / jnp.where(code_dot_u > 0, code_dot_u, 1.0), 0.0)
+    """What to multiply the read key by, so that along the true key it is exact; 0 if it cannot."""
+    energy = jnp.sum(jnp.square(true), axis=-1)
+    possible = read_dot_true > 0
+    scale = jnp.where(possible, energy / jnp.where(possible, read_dot_true, 1.0), 0.0)
     return scale.astype(jnp.bfloat16)

@@ -1,0 +1,1 @@
+"""What calibration fits to a sample of one layer's queries and keys, without gradients."""

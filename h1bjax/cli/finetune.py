@@ -1,0 +1,156 @@
+"""`h1bjax finetune`: trains a model on text, from random weights or from a model's."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h1bjax
+from h1bjax.cli.options import positive
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of the program."""
+    parser = commands.add_parser(
+        "finetune", help="train on text, from random weights or from a model's"
+    )
+    parser.set_defaults(run=_run)
+    begin = parser.add_mutually_exclusive_group(required=True)
+    begin.add_argument(
+        "--init", type=Path, metavar="CONFIG", help="a config.json, to begin with random weights"
+    )
+    begin.add_argument(
+        "--model", metavar="DIR_OR_ID", help="a folder in Hugging Face layout, or a hub id"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer, with --init"
+    )
+    _add_files(parser, "--text", "to train on: .txt or .jsonl, or compressed", required=True)
+    _add_files(parser, "--valid", "to evaluate the trained model on")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a new or empty folder, or that of the same job to continue it",
+    )
+    parser.add_argument(
+        "--steps", type=positive, required=True, metavar="N", help="optimizer steps"
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="sequences in a step; default: %(default)s",
+    )
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="tokens of a sequence; default: the longest that the model is made for",
+    )
+    parser.add_argument(
+        "--microbatches",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="parts that a batch is computed in, to need less memory; default: %(default)s",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="its peak; default: 1e-3 with --init, 1e-4 with --model",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        metavar="N",
+        help="steps in which the learning rate rises; default: one in twenty",
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.1,
+        metavar="W",
+        help="of matrices; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the arithmetic; weights are trained in float32; default: %(default)s",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=positive,
+        default=500,
+        metavar="N",
+        help="steps between checkpoints; default: %(default)s",
+    )
+
+
+def _add_files(
+    parser: argparse.ArgumentParser, name: str, help: str, required: bool = False
+) -> None:
+    parser.add_argument(
+        name, nargs="+", type=Path, default=[], required=required, metavar="FILE", help=help
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    if (options.init is None) != (options.tokenizer is None):
+        raise ValueError("--tokenizer belongs to --init, and to it alone")
+    check_train_package()
+    job = _import_job()
+    chosen = {name: value for name, value in vars(options).items() if name != "run"}
+    chosen |= {"text": tuple(options.text), "valid": tuple(options.valid)}
+    outcome = job.run(job.Job(**chosen))
+    print(f"model           {outcome.model}")
+    if outcome.loss is not None:
+        print(f"training loss   {outcome.loss:.6f}")
+    if outcome.evaluation is not None:
+        print(f"nats per token  {outcome.evaluation.nats_per_token:.6f}")
+        print(f"bits per byte   {outcome.evaluation.bits_per_byte:.6f}")
+
+
+def check_train_package() -> None:
+    """Checks, without running it, that `import train` finds the package beside this one.
+
+    Raises:
+        ValueError: it finds something else, such as a train.py in the working directory.
+    """
+    expected = Path(h1bjax.__file__).resolve().parents[1] / "train" / "__init__.py"
+    if not expected.is_file():
+        raise ValueError(f"the package 'train' is not installed beside h1bjax: no {expected}")
+    spec = find_spec("train")
+    found = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
+    if found != expected:
+        raise ValueError(
+            f"{found or 'another package train'} hides the package 'train' of h1bjax; rename it, "
+            "or run the command from another folder"
+        )
+
+
+def _import_job() -> ModuleType:
+    try:
+        from train import job
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in (
+            "optax",
+            "orbax",
+            "matplotlib",
+        ):
+            raise
+        raise ValueError(
+            f"training needs {error.name}: pip install 'h1bjax[train]', or optax, "
+            "orbax-checkpoint and matplotlib"
+        ) from error
+    return job
