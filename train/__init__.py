@@ -1,0 +1,1 @@
+"""Training of decoders on text: data, objective, optimizer steps, checkpoints and the job."""

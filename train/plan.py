@@ -1,0 +1,110 @@
+"""A training job with what the files that it names say."""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from h1bjax.checkpoint import load_parameters, resolve_model
+from h1bjax.config import LlamaConfig
+from h1bjax.tokenizer import Tokenizer
+from train.initialise import random_parameters
+from train.options import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job with what its files say.
+
+    Attributes:
+        job: the options.
+        config: the model's.
+        source: the folder that holds the tokenizer and, unless weights are random, the weights.
+        tokenizer: the model's.
+        end: the token that ends a document.
+        context: tokens of a sequence.
+    """
+
+    job: Job
+    config: LlamaConfig
+    source: Path
+    tokenizer: Tokenizer
+    end: int
+    context: int
+
+    @classmethod
+    def create(cls, job: Job) -> Self:
+        """Reads what a job names, but for the text and the weights.
+
+        Raises:
+            FileNotFoundError: files or folders are missing.
+            ValueError: a file is invalid, or they do not fit each other or the options.
+        """
+        missing = [str(file) for file in (*job.text, *job.valid) if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"No such file: {', '.join(missing)}")
+        if job.model is not None:
+            source = resolve_model(job.model)
+            config = LlamaConfig.from_hf(source)
+        else:
+            assert job.init is not None and job.tokenizer is not None
+            source, config = job.tokenizer, LlamaConfig.from_hf(job.init)
+        tokenizer = Tokenizer.from_pretrained(source)
+        # A model of others may name tokens that it never reads; what it reads is checked later.
+        if job.model is None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {source} has {tokenizer.vocab_size} tokens, more than the "
+                f"model's vocabulary of {config.vocab_size}"
+            )
+        context = config.max_position_embeddings if job.context is None else job.context
+        longest = min(config.max_position_embeddings, config.sliding_window or math.inf)
+        if context > longest:
+            raise ValueError(f"context={context} exceeds the {longest} tokens of the model")
+        return cls(job, config, source, tokenizer, _end(config, tokenizer, source), context)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes the job what it is: two jobs with the same settings are the same job."""
+        return {
+            "config": self.config.to_hf(),
+            "begin": "random weights" if self.job.model is None else str(self.job.model),
+            "tokenizer": _digest(self.source / "tokenizer.json"),
+            "text": [_digest(file) for file in self.job.text],
+            "batch": self.job.batch,
+            "context": self.context,
+            "seed": self.job.seed,
+            **asdict(self.job.recipe),
+        }
+
+    def parameters(self) -> dict[str, Array]:
+        """The weights to begin from."""
+        if self.job.model is None:
+            return random_parameters(self.config, jax.random.key(self.job.seed))
+        return load_parameters(self.source, self.config, jnp.float32)
+
+
+def _end(config: LlamaConfig, tokenizer: Tokenizer, source: Path) -> int:
+    """The token that ends a document."""
+    ours = tokenizer.eos_token_id
+    if ours is None and not config.eos_token_ids:
+        raise ValueError(
+            f"neither the tokenizer in {source} nor the model's configuration names a token that "
+            "ends a text; add eos_token to tokenizer_config.json or eos_token_id to config.json"
+        )
+    if ours is None:
+        return config.eos_token_ids[0]
+    if config.eos_token_ids and ours not in config.eos_token_ids:
+        raise ValueError(
+            f"the tokenizer in {source} ends a text with the token {ours}, and the model's "
+            f"configuration with {list(config.eos_token_ids)}; make eos_token_id the same"
+        )
+    return ours
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
