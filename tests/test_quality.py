@@ -1,0 +1,304 @@
+"""The quality study: its numbers are those of the library, and nothing it found is lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calibrations import random_calibration
+from matplotlib.text import Text
+from toy import load_quietly
+
+from h1bjax.cache import CacheSpec
+from h1bjax.decoder import Decoder, fold_value_rotation
+from h1bjax.evaluate import perplexity
+from h1bjax.model import Model
+from h1bjax.retrieval import copy_score, key_value_score
+
+CONTEXT = 128
+BOOKS = ["".join(f"the {number} ended. " for number in range(begin, begin + 40))
+         for begin in (100, 300)]  # fmt: skip
+WIKITEXT = "Once upon a time there was the end. " * 20
+SEEDS = [3, 4]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.fixture
+def quality(benchmarks, monkeypatch):
+    """The study with random numbers in the place of the fit."""
+    import quality
+
+    def calibrate(decoder, windows, specs, *, seed):
+        assert windows == ("windows", seed)
+        return [random_calibration(spec, seed) for spec in specs]
+
+    def calibration_windows(tokenizer, documents, *, context, tokens, seed):
+        assert (documents, context, tokens) == (["calibrate with this"], CONTEXT, 256)
+        return ("windows", seed)
+
+    monkeypatch.setattr(quality, "calibrate", calibrate)
+    monkeypatch.setattr(quality, "calibration_windows", calibration_windows)
+    return quality
+
+
+@pytest.fixture
+def arguments(toy_folder, tmp_path):
+    def arguments(*caches):
+        (tmp_path / "calibration.txt").write_text("calibrate with this")
+        lines = [json.dumps({"text": text}) for text in BOOKS]
+        (tmp_path / "books.jsonl").write_text("\n".join(lines))
+        (tmp_path / "wikitext.txt").write_text(WIKITEXT)
+        options = {
+            "model": toy_folder,
+            "calibration-text": tmp_path / "calibration.txt",
+            "books": tmp_path / "books.jsonl",
+            "wikitext": tmp_path / "wikitext.txt",
+            "out": tmp_path / "new" / "results.json",
+            "context": CONTEXT,
+            "calibration-tokens": 256,
+            "books-tokens": 3 * CONTEXT,
+            "wikitext-tokens": 2 * CONTEXT,
+            "retrieval-windows": 3,
+            "batch": 2,
+        }
+        named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [*named, "--cache", *caches, "--seeds", *map(str, SEEDS)]
+
+    return arguments
+
+
+def bits_per_byte(loss):
+    return pytest.approx(loss.bits_per_byte, rel=1e-5)
+
+
+def expected_scores(model):
+    shape = {"context": CONTEXT, "batch": 2}
+    books = perplexity(model, BOOKS, tokens=3 * CONTEXT, **shape)
+    wikitext = perplexity(model, WIKITEXT, tokens=2 * CONTEXT, **shape)
+    copies = copy_score(model, BOOKS, windows=3, seed=0, **shape)
+    answers = key_value_score(model, windows=3, seed=0, **shape)
+    assert books.late is not None
+    assert wikitext.late is not None
+    return {
+        **{
+            name: {
+                "bits_per_byte": bits_per_byte(result),
+                "nats_per_token": pytest.approx(result.nats_per_token, rel=1e-5),
+                "tokens": result.tokens,
+                "bytes": result.bytes,
+                "late_bits_per_byte": bits_per_byte(late),
+                "late_tokens": late.tokens,
+                "late_bytes": late.bytes,
+            }
+            for name, result, late in [
+                ("books", books, books.late),
+                ("wikitext", wikitext, wikitext.late),
+            ]
+        },
+        "copy": {
+            "bits_per_byte": bits_per_byte(copies),
+            "first_bits_per_byte": bits_per_byte(copies.first),
+            "tokens": copies.repeated.tokens,
+            "bytes": copies.repeated.bytes,
+        },
+        "key_value": {
+            "bits_per_byte": bits_per_byte(answers),
+            "accuracy": answers.accuracy,
+            "tokens": answers.answers.tokens,
+            "bytes": answers.answers.bytes,
+        },
+    }
+
+
+def calibrated(folder, spec, seed):
+    """The model with a random calibration."""
+    exact = load_quietly(folder)
+    calibration = random_calibration(spec, seed)
+    parameters = exact.decoder.parameters()
+    if calibration.rotation is not None:
+        parameters = fold_value_rotation(exact.config, parameters, calibration.rotation)
+    return Model(Decoder(exact.config, parameters, spec, calibration.codec), exact.tokenizer)
+
+
+# The study
+
+
+def test_its_numbers_are_those_of_the_library(quality, arguments, toy_folder, capsys, tmp_path):
+    quality.main(arguments("h1b-signs-v2"))
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    exact, v2 = results["presets"]
+    assert (exact["name"], v2["name"]) == ("exact", "h1b-signs-v2")
+    spec = CacheSpec.preset("h1b-signs-v2")
+    models = [load_quietly(toy_folder), load_quietly(toy_folder, "h1b-signs-v2")]
+    models += [calibrated(toy_folder, spec, seed) for seed in SEEDS]
+    runs = [*exact["runs"], *v2["runs"]]
+    assert [run["calibration_seed"] for run in runs] == [None, None, *SEEDS]
+    for run, model in zip(runs, models, strict=True):
+        assert run["scores"] == expected_scores(model)
+    config = load_quietly(toy_folder).config
+    assert v2["bytes_per_token_head"] == spec.bytes_per_token(config.head_dim)
+    assert v2["everything_per_token_head"] * 2 * 2 * CONTEXT == spec.nbytes(
+        config, batch=1, max_length=CONTEXT
+    )
+    assert results["settings"]["seeds"] == SEEDS
+    assert results["settings"]["books"] == [str(tmp_path / "books.jsonl")]
+    assert {"device", "versions", "calibration_seconds", "model"} <= set(results)
+    from quality_results import markdown
+
+    assert capsys.readouterr().out == markdown(results) + "\n"
+
+
+def test_one_compiled_function_serves_all_texts_and_calibrations(quality, arguments, monkeypatch):
+    traced, logits = [], Decoder.logits
+
+    def spy(decoder, hidden):
+        traced.append(decoder.spec.name)
+        return logits(decoder, hidden)
+
+    monkeypatch.setattr(Decoder, "logits", spy)
+    # A batch that nothing else in this process has compiled.
+    quality.main([*arguments("h1b-v2"), "--batch", "4"])
+    assert sorted(traced) == ["exact", "h1b-v2"]
+
+
+def test_a_killed_study_keeps_what_it_has(quality, arguments, tmp_path, monkeypatch):
+    score = quality.Tasks.score
+
+    def killed(tasks, decoder):
+        if decoder.spec.name == "kivi-2":
+            raise KeyboardInterrupt
+        return score(tasks, decoder)
+
+    monkeypatch.setattr(quality.Tasks, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(arguments("exact", "kivi-2"))
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert [preset["name"] for preset in results["presets"]] == ["exact"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--cache", "h2b"], ValueError, "unknown cache preset 'h2b'"),
+        (["--books", "none.txt"], FileNotFoundError, "No such file: none.txt"),
+        (["--context", "4096"], ValueError, "--context 4096 exceeds the 1024 tokens"),
+        (["--books-tokens", "9"], ValueError, "none of which can be scored in whole windows"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    quality, arguments, tmp_path, options, error, message
+):
+    with pytest.raises(error, match=message):
+        quality.main([*arguments("exact"), *options])
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten(quality, arguments, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "results.json").write_text("precious")
+    with pytest.raises(ValueError, match=r"results\.json exists"):
+        quality.main(arguments("exact"))
+    assert (tmp_path / "new" / "results.json").read_text() == "precious"
+
+
+def test_missing_options_are_all_named(quality, capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--model", "m", "--out", "o"])
+    assert "give --calibration-text, --books, --wikitext" in capsys.readouterr().err
+
+
+# Table and picture
+
+
+def made_up(name, everything, books, copy, keys="OrthogonalSigns", calibratable=True):
+    """A preset whose losses are those given for each calibration seed; the first has none."""
+    runs = []
+    for seed, (text, far) in enumerate(zip(books, copy, strict=True), start=-1):
+        scores = {
+            "books": {"bits_per_byte": 2 * (1 + text), "late_bits_per_byte": 1 + text},
+            "wikitext": {"bits_per_byte": 3 * (1 + text), "late_bits_per_byte": None},
+            "copy": {"bits_per_byte": 0.5 * (1 + far)},
+            "key_value": {"bits_per_byte": 1 + far, "accuracy": 0.5 / (1 + far)},
+        }
+        runs.append({"calibration_seed": None if seed < 0 else seed, "scores": scores})
+    return {
+        "name": name,
+        "keys": keys,
+        "calibratable": calibratable,
+        "bytes_per_token_head": everything - 16,
+        "everything_per_token_head": everything,
+        "runs": runs,
+    }
+
+
+PRESETS: list[dict[str, Any]] = [
+    made_up("exact", 512, [0.0], [0.0], keys="NoneType", calibratable=False),
+    made_up("first", 100, [0.05, 0.01, 0.02, 0.03], [0.5, 0.1, 0.1, 0.1]),
+    made_up("second", 100, [0.05, 0.021, 0.021, 0.021], [0.5, 0.1, 0.11, 0.12]),
+    made_up("third", 101, [0.05, 0.022, 0.022, 0.022], [0.5, 0.1, 0.11, 0.12]),
+    made_up("fitted", 80, [9.0, 0.04], [9.0, -0.01], keys="LinearCode"),
+    made_up("kivi", 160, [0.0], [0.25], keys="ChannelQuantisedKeys", calibratable=False),
+]
+# One that cannot do without a calibration.
+del PRESETS[4]["runs"][0]
+RESULTS = {"settings": {"context": 2048}, "presets": PRESETS}
+
+
+def test_the_table_gives_means_losses_and_their_range(benchmarks):
+    from quality_results import markdown
+
+    calibrated, uncalibrated = markdown(RESULTS).split("\n\nWithout a calibration:\n\n")
+    header, _, *rows = [line.strip("| ").split(" | ") for line in calibrated.splitlines()[2:]]
+    assert header == [
+        "preset", "marginal bytes", "everything at 2048", "books", "books, late", "WikiText",
+        "copy", "key-value", "key-value accuracy",
+    ]  # fmt: skip
+    assert [row[0] for row in rows] == [f"`{preset['name']}`" for preset in PRESETS]
+    by_name = {row[0]: row for row in rows}
+    assert by_name["`exact`"][3:] == ["2.0000", "1.0000", "3.0000", "0.5000", "1.0000", "50.0%"]
+    assert by_name["`first`"][1:4] == ["84", "100.0", "+2.00% (+1.00 to +3.00)"]
+    assert by_name["`fitted`"][6] == "-1.00%"
+    assert by_name["`kivi`"][6:] == ["+25.00%", "1.2500", "40.0%"]
+    # Those that calibration changes, and can do without.
+    names = [line.split("`")[1] for line in uncalibrated.splitlines()[2:]]
+    assert names == ["exact", "first", "second", "third"]
+    assert "| `first` | 84 | 100.0 | +5.00% | +5.00% |" in uncalibrated
+
+
+def test_an_earlier_study_can_be_printed(quality, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    quality.main(["--table", str(tmp_path / "results.json")])
+    from quality_results import markdown
+
+    assert capsys.readouterr().out == markdown(RESULTS) + "\n"
+
+
+def test_results_without_the_exact_cache_cannot_be_compared(benchmarks):
+    from quality_results import rows
+
+    with pytest.raises(ValueError, match="lack the exact cache"):
+        rows({"presets": PRESETS[1:]}, calibrated=True)
+
+
+def test_the_picture_names_every_preset_without_overlaps(benchmarks, tmp_path):
+    import quality_plot
+
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    picture = tmp_path / "new" / "quality.png"
+    quality_plot.main([str(tmp_path / "results.json"), str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    figure = quality_plot.draw(RESULTS)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        # Without the lines, which belong to what matplotlib calls an annotation.
+        names = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+        assert set(names) == {preset["name"] for preset in PRESETS[1:]}
+        boxes = list(names.values())
+        for index, box in enumerate(boxes):
+            assert axes.get_window_extent().count_contains(box.get_points()) == 2
+            assert box.count_overlaps(boxes[:index]) == 0
