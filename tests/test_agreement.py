@@ -3,6 +3,7 @@
 from functools import cache as cached
 from functools import partial
 
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from small_model import random_parameters, small_config
 from h1bjax.cache import (
     PRESETS,
     CacheSpec,
+    ChannelQuantisedKeys,
     GaussianSigns,
     KVCache,
     LinearCode,
@@ -33,11 +35,11 @@ SPECS = {
     spec.name: spec
     for spec in (
         *PRESETS.values(),
-        CacheSpec("linear", LinearCode(64), FOUR_BITS, SINKS, WINDOW),
-        CacheSpec("linear, period 128", LinearCode(64), FOUR_BITS, rope_period=128),
-        CacheSpec("linear, period 64", LinearCode(64), FOUR_BITS, SINKS, WINDOW, "raw", 64),
+        CacheSpec("linear", LinearCode(2.0), FOUR_BITS, SINKS, WINDOW),
+        CacheSpec("linear, period 128", LinearCode(2.0), FOUR_BITS, rope_period=128),
+        CacheSpec("linear, period 64", LinearCode(2.0), FOUR_BITS, SINKS, WINDOW, "raw", 64),
         CacheSpec(
-            "linear, period 32, fitted", LinearCode(64), FOUR_BITS, SINKS, WINDOW, "fitted", 32
+            "linear, period 32, fitted", LinearCode(2.0), FOUR_BITS, SINKS, WINDOW, "fitted", 32
         ),
         CacheSpec("signs, fitted", OrthogonalSigns(), FOUR_BITS, SINKS, WINDOW, "fitted"),
         CacheSpec("signs, period 32", OrthogonalSigns(), FOUR_BITS, SINKS, WINDOW, "corrected", 32),
@@ -49,9 +51,27 @@ SPECS = {
         CacheSpec("no sinks", OrthogonalSigns(), QuantisedValues(3), window=9),
         CacheSpec("no window", TwoPlanes(), FOUR_BITS, scores="corrected"),
         CacheSpec("a window of one", OrthogonalSigns(), FOUR_BITS, sinks=1, window=1),
+        # The preset's window is longer than these sequences.
+        PRESETS["sinks-window"].replace(window=WINDOW),
+        CacheSpec("quantised keys", ChannelQuantisedKeys(2), FOUR_BITS, SINKS, 32),
+        CacheSpec("grouped values", OrthogonalSigns(), QuantisedValues(3, group=8), SINKS, WINDOW),
     )
 }
-every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+RARE = {
+    *("h1b-v2", "h1b-v3", "h1b-p32", "h1b-p32-v2", "h1b-256-v2", "h1b-unscaled-p32"),
+    *("h1b-signs-v2", "h1b-signs-v3", "h1b-2plane", "kivi-4"),
+    *("linear, period 128", "signs, fitted", "256 bits", "paper, fitted"),
+}
+"""Combinations of what the other specs have one by one."""
+
+
+def specs(*names: str):
+    """Cases for `pytest.mark.parametrize`; those that are rare are slow."""
+    slow = {name: [pytest.mark.slow] for name in RARE}
+    return [pytest.param(SPECS[name], id=name, marks=slow.get(name, [])) for name in names]
+
+
+every_spec = pytest.mark.parametrize("spec", specs(*SPECS))
 
 LENGTHS = (100, 71)
 TOKENS = max(LENGTHS)
@@ -64,7 +84,7 @@ def config_for(spec: CacheSpec, kv_heads: int = 2):
 
 
 def codec_for(spec: CacheSpec, kv_heads: int = 2):
-    return None if spec.keys is None else calibrated(spec.keys, config_for(spec, kv_heads))
+    return None if spec.sketch is None else calibrated(spec.sketch, config_for(spec, kv_heads))
 
 
 @cached
@@ -99,7 +119,7 @@ def sequence(spec: CacheSpec, kv_heads: int = 2, dtype=jnp.float32):
         return rng.normal(size=shape).astype(jnp.dtype(dtype))
 
     query, keys, values = draw(config.num_heads), draw(kv_heads), draw(kv_heads)
-    while spec.keys is not None:
+    while spec.sketch is not None:
         at_border = ~survives_rounding(spec, codec_for(spec, kv_heads), keys, positions)
         if not at_border.any():
             break
@@ -109,7 +129,7 @@ def sequence(spec: CacheSpec, kv_heads: int = 2, dtype=jnp.float32):
 
 @partial(jax.jit, static_argnums=0)
 def sketch(spec, codec, keys, positions, frequencies):
-    bits, scale = encode_keys(spec, spec.keys, codec, keys, positions, frequencies)
+    bits, scale = encode_keys(spec, spec.sketch, codec, keys, positions, frequencies)
     return bits, bits if scale is None else scale
 
 
@@ -202,6 +222,43 @@ def plain_attention(tokens, positions) -> np.ndarray:
     return np.einsum("bhqk,bkhd->bqhd", weights, values)
 
 
+def kivi_attention(tokens, length: int, *, bits: int, window: int, group: int = 32) -> np.ndarray:
+    """Attention of one row as KIVI's paper describes it, in float64, token by token."""
+    query, keys, values = (np.asarray(x[:length], np.float64) for x in tokens)
+    recent_keys, recent_values = rounded(keys), rounded(values)
+    # No query may see the keys of a group that is not complete.
+    old_keys, old_values = np.full(keys.shape, np.nan), np.empty(values.shape)
+    for start in range(0, length - group + 1, group):
+        for head, channel in np.ndindex(keys.shape[1:]):
+            column = slice(start, start + group), head, channel
+            old_keys[column] = quantised(recent_keys[column], bits)
+    for token, head, start in np.ndindex(length, keys.shape[1], keys.shape[2] // group):
+        part = token, head, slice(start * group, (start + 1) * group)
+        old_values[part] = quantised(values[part], bits)
+    output = np.zeros(query.shape)
+    for t, head in np.ndindex(query.shape[:2]):
+        kv_head = head * keys.shape[1] // query.shape[1]
+        old = max(t - window + 1, 0)
+        seen = [
+            np.concatenate([stored[:old, kv_head], recent[old : t + 1, kv_head]])
+            for stored, recent in ((old_keys, recent_keys), (old_values, recent_values))
+        ]
+        logits = seen[0] @ query[t, head] / query.shape[-1] ** 0.5
+        output[t, head], _ = float64.softmax_attention(logits, np.full(t + 1, True), seen[1])
+    return output
+
+
+def quantised(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers on an even grid from their minimum to their maximum."""
+    zero, step = rounded(numbers.min()), rounded(np.ptp(numbers) / (2**bits - 1))
+    return zero + step * np.clip(np.round((numbers - zero) / step), 0, 2**bits - 1)
+
+
+def rounded(numbers: np.ndarray) -> np.ndarray:
+    """Float64 numbers that bfloat16 can hold."""
+    return np.asarray(numbers, np.float32).astype(jnp.bfloat16).astype(np.float64)
+
+
 def assert_agree(actual: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
@@ -222,9 +279,9 @@ def test_any_split_of_a_ragged_batch_into_chunks_is_the_dense_form(spec, seed, l
     assert_agree(through_cache(spec, chunks), dense(spec))
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "linear, period 32, fitted", "exact values"])
-def test_decoding_token_by_token_is_the_dense_form(name):
-    assert_agree(through_cache(SPECS[name], [1] * TOKENS, width=1), dense(SPECS[name]))
+@pytest.mark.parametrize("spec", specs(*PRESETS, "linear, period 32, fitted", "exact values"))
+def test_decoding_token_by_token_is_the_dense_form(spec):
+    assert_agree(through_cache(spec, [1] * TOKENS, width=1), dense(spec))
 
 
 @pytest.mark.parametrize(("name", "kv_heads"), [("h1b", 1), ("h1b", 4), ("exact", 1)])
@@ -255,19 +312,14 @@ def test_the_dense_form_of_short_or_exact_sequences_is_plain_attention(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "exact",
-        "h1b-paper",
-        "signs, fitted",
-        "linear, period 32, fitted",
-        "no window",
-        "exact keys",
-        "exact values",
-    ],
+    "spec",
+    specs(
+        *("exact", "h1b-paper", "signs, fitted", "linear, period 32, fitted", "no window"),
+        *("exact keys", "exact values", "kivi-2", "sinks-window"),
+    ),
 )
-def test_an_exact_prefill_is_plain_attention_to_its_own_chunk(name):
-    spec, chunks = SPECS[name], [(60, 50), (40, 21)]
+def test_an_exact_prefill_is_plain_attention_to_its_own_chunk(spec):
+    chunks = [(60, 50), (40, 21)]
     tokens, positions = sequence(spec)
     expected = plain_attention(tokens, positions)
     assert_agree(through_cache(spec, [LENGTHS], exact_chunk=True), expected)
@@ -277,10 +329,19 @@ def test_an_exact_prefill_is_plain_attention_to_its_own_chunk(name):
         assert_agree(output[row, :first], expected[row, :first])
         # The first token of the next chunk has just itself to read otherwise than in decoding.
         difference = np.abs(output[row, first] - dense(spec)[row, first]).max()
-        if name == "exact":
+        if spec.name == "exact":
             assert difference < 2e-5
         else:
             assert difference < 2e-2 if spec.window else difference > 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kivi_is_what_its_paper_describes(bits):
+    spec = SPECS[f"kivi-{bits}"]
+    tokens, _ = sequence(spec)
+    for row, length in enumerate(LENGTHS):
+        expected = kivi_attention([x[row] for x in tokens], length, bits=bits, window=spec.window)
+        np.testing.assert_allclose(dense(spec)[row, :length], expected, atol=2e-5)
 
 
 @every_spec
@@ -312,7 +373,10 @@ def forward(model, tokens, positions, compressed):
     return logits
 
 
-@pytest.mark.parametrize("name", ["exact", "h1b", "linear, period 32, fitted"])
+@pytest.mark.parametrize(
+    "name",
+    ["exact", "h1b", pytest.param("linear, period 32, fitted", marks=pytest.mark.slow)],
+)
 def test_a_forward_pass_a_prefill_and_decoding_agree(name):
     model = decoder(name)
     tokens = np.random.default_rng(0).integers(0, 50, (2, TOKENS)).astype(np.int32)

@@ -9,6 +9,7 @@ from small_model import small_config
 from h1bjax.cache import (
     PRESETS,
     CacheSpec,
+    ChannelQuantisedKeys,
     GaussianSigns,
     KVCache,
     LinearCode,
@@ -21,7 +22,8 @@ from h1bjax.cache import (
 CUSTOM = [
     CacheSpec("keys alone", OrthogonalSigns(), window=7),
     CacheSpec("values alone", values=QuantisedValues(3), sinks=1, window=5),
-    CacheSpec("linear", LinearCode(96), QuantisedValues(2), rope_period=32, scores="fitted"),
+    CacheSpec("linear", LinearCode(1.5), QuantisedValues(2), rope_period=32, scores="fitted"),
+    CacheSpec("quantised keys", ChannelQuantisedKeys(4), sinks=2, window=32),
 ]
 
 
@@ -35,8 +37,20 @@ def test_the_presets_are_those_documented():
         "h1b",
         "h1b-v3",
         "h1b-v2",
+        "h1b-p32",
+        "h1b-p32-v2",
+        "h1b-256-v2",
+        "h1b-64-p32-v2",
+        "h1b-unscaled",
+        "h1b-unscaled-p32",
+        "h1b-signs",
+        "h1b-signs-v3",
+        "h1b-signs-v2",
         "h1b-2plane",
         "h1b-2plane-v2",
+        "kivi-2",
+        "kivi-4",
+        "sinks-window",
     }
     assert all(spec.name == name == CacheSpec.preset(name).name for name, spec in PRESETS.items())
 
@@ -44,15 +58,37 @@ def test_the_presets_are_those_documented():
 def test_the_published_scheme_has_no_window_and_no_scalar():
     paper = CacheSpec.preset("h1b-paper")
     assert paper.keys == GaussianSigns(256)
-    assert (paper.exact_tokens, paper.scores, paper.rope_period) == (0, "raw", None)
+    assert (paper.exact_tokens, paper.scores, paper.rope_period) == (0, "fitted", None)
 
 
-@pytest.mark.parametrize("name", ["h1b", "h1b-v3", "h1b-v2", "h1b-2plane", "h1b-2plane-v2"])
-def test_our_presets_keep_64_tokens_exactly_and_correct_the_variance(name):
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("h1b")][1:])
+def test_our_presets_keep_64_tokens_exactly_and_repair_what_their_codec_leaves(name):
     spec = CacheSpec.preset(name)
-    assert (spec.sinks, spec.window, spec.scores) == (4, 60, "corrected")
+    assert (spec.sinks, spec.window) == (4, 60)
+    assert spec.sketch is not None
     assert spec.values is not None
+    if not isinstance(spec.keys, LinearCode):
+        assert spec.scores == "corrected"
+    else:
+        assert spec.scores == ("raw" if spec.sketch.scaled else "fitted")
     assert spec.values.rotated == (spec.values.bits < 4)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kivi_quantises_both_in_groups_of_32_and_keeps_64_tokens_exactly(bits):
+    spec = CacheSpec.preset(f"kivi-{bits}")
+    assert spec.keys == ChannelQuantisedKeys(bits, group=32)
+    assert spec.values == QuantisedValues(bits, group=32)
+    assert (spec.sinks, spec.window) == (0, 64)
+    assert spec.replace(window=128).exact_tokens == 128
+
+
+def test_sinks_and_window_are_as_large_as_our_default_at_2048_tokens():
+    h1b, baseline = (
+        CacheSpec.preset(name).nbytes(small_config(head_dim=128), batch=1, max_length=2048)
+        for name in ("h1b", "sinks-window")
+    )
+    assert baseline == h1b
 
 
 def test_an_unknown_preset_is_named_beside_the_known_ones():
@@ -69,10 +105,19 @@ def test_an_unknown_preset_is_named_beside_the_known_ones():
         ("exact", 512),
         ("h1b-paper", 100),
         ("h1b", 86),
+        ("h1b-p32", 86),
+        ("h1b-p32-v2", 54),
+        ("h1b-256-v2", 70),
+        ("h1b-64-p32-v2", 46),
+        ("h1b-unscaled", 84),
+        ("h1b-signs", 86),
         ("h1b-2plane", 102),
         ("h1b-2plane-v2", 70),
         ("h1b-v2", 54),
         ("h1b-v3", 70),
+        ("kivi-2", 96),
+        ("kivi-4", 160),
+        ("sinks-window", 0),
     ],
 )
 def test_marginal_bytes_at_128_channels(name, marginal):
@@ -81,7 +126,14 @@ def test_marginal_bytes_at_128_channels(name, marginal):
 
 @pytest.mark.parametrize(
     ("name", "at_2048", "at_8192"),
-    [("h1b-paper", 100, 100), ("h1b", 102, 90), ("h1b-2plane", 118, 106), ("h1b-v2", 70, 58)],
+    [
+        ("h1b-paper", 100, 100),
+        ("h1b", 102, 90),
+        ("h1b-2plane", 118, 106),
+        ("h1b-v2", 70, 58),
+        ("kivi-2", 112, 100),
+        ("sinks-window", 102, 25.5),
+    ],
 )
 def test_bytes_with_the_window_at_128_channels(name, at_2048, at_8192):
     config = small_config(head_dim=128)
@@ -101,6 +153,8 @@ def test_exact_bytes_follow_the_compute_dtype():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_a_cache_allocates_what_its_spec_says_to_the_byte(spec, dtype):
     for head_dim in HEAD_DIMS:
+        if spec.name.startswith("kivi") and head_dim % 32:
+            continue
         for kv_heads, batch, max_length in ((1, 1, 1), (3, 2, 128), (2, 5, 1000)):
             config = small_config(head_dim=head_dim, num_heads=6, num_kv_heads=kv_heads)
             sizes = {"batch": batch, "max_length": max_length, "dtype": dtype}
@@ -153,6 +207,11 @@ def test_capacities_are_whole_blocks_of_128(asked, capacity):
         ({"rope_period": 0}, "rope_period=0 must divide 128"),
         ({"rope_period": -32}, "rope_period=-32 must divide 128"),
         ({"keys": GaussianSigns(), "rope_period": 32}, "finite rope_period needs an unsigned"),
+        ({"keys": ChannelQuantisedKeys(), "window": 31}, "window=31 must be at least 32"),
+        ({"keys": ChannelQuantisedKeys(), "scores": "corrected"}, "but keys are quantised"),
+        ({"keys": ChannelQuantisedKeys(), "rope_period": 32}, "but keys are quantised"),
+        ({"window": 8, "evict": True}, "evict=True stores nothing, so keys and values must be"),
+        ({"keys": None, "values": None, "evict": True}, "evict=True needs a window"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(fields, message):
@@ -201,3 +260,24 @@ def test_a_sketch_that_does_not_pack_is_refused():
         KVCache.init(small_config(), spec, batch=1, max_length=8)
     with pytest.raises(ValueError, match="a sketch of 40 bits does not pack"):
         spec.nbytes(small_config(), batch=1, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (CacheSpec.preset("kivi-4"), "32 channels need a head dimension .* multiple of 32, got 48"),
+        (
+            CacheSpec("wide", ChannelQuantisedKeys(4, group=128), window=128),
+            "groups of 128 keys need a head dimension that is a multiple of 32, got 48",
+        ),
+    ],
+    ids=["values", "keys"],
+)
+def test_a_head_dimension_that_does_not_divide_into_groups_is_refused(spec, message):
+    config = small_config(head_dim=48)
+    with pytest.raises(ValueError, match=message):
+        spec.check_head_dim(48)
+    with pytest.raises(ValueError, match=message):
+        KVCache.init(config, spec, batch=1, max_length=8)
+    with pytest.raises(ValueError, match=message):
+        spec.nbytes(config, batch=1, max_length=8)

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sketch_cases import HEAD_DIMS
 
 from h1bjax.cache import (
-    PRESETS,
     CacheSpec,
+    ChannelQuantisedKeys,
     CodecParameters,
     GaussianSigns,
     LinearCode,
@@ -19,7 +20,9 @@ from h1bjax.cache import (
     TwoPlanes,
     random_rotation,
 )
+from h1bjax.cache.channel_keys import channel_scores
 from h1bjax.cache.scoring import half_variance
+from pallas_kernels.packing import pack_column
 
 BFLOAT16 = 2.0**-8
 """Relative error of rounding to bfloat16, and room to spare."""
@@ -100,7 +103,7 @@ def test_the_paper_projects_with_unit_gaussians():
     np.testing.assert_allclose([r.mean(), r.std()], [0.0, 1.0], atol=0.01)
 
 
-CODECS = [OrthogonalSigns(), TwoPlanes(), GaussianSigns(), LinearCode(64)]
+CODECS = [OrthogonalSigns(), TwoPlanes(), GaussianSigns(), LinearCode(1.5)]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=["signs", "two planes", "paper", "linear"])
@@ -192,7 +195,7 @@ def test_two_planes_are_the_documented_code(head_dim):
 
 def test_codecs_encode_bfloat16_keys_in_float32():
     keys = jnp.asarray(random_keys(40), jnp.bfloat16)
-    for codec in (OrthogonalSigns(), TwoPlanes(), GaussianSigns(), LinearCode(128)):
+    for codec in (OrthogonalSigns(), TwoPlanes(), GaussianSigns(), LinearCode(2.0)):
         parameters = one_layer(codec, mean=0.3)
         narrow, wide = (encode(codec, parameters, k) for k in (keys, keys.astype(jnp.float32)))
         np.testing.assert_array_equal(narrow[0], wide[0])
@@ -257,7 +260,8 @@ def test_the_constants_of_the_variance():
 
 
 def test_the_variance_of_bfloat16_queries_is_computed_in_float32():
-    spec, codec = PRESETS["h1b"], OrthogonalSigns()
+    codec = OrthogonalSigns()
+    spec = CacheSpec("any", codec, scores="corrected")
     query = jnp.asarray(random_keys(5)[None], jnp.bfloat16)
     narrow = half_variance(spec, codec, query)
     wide = half_variance(spec, codec, query.astype(jnp.float32))
@@ -305,7 +309,7 @@ def test_a_linear_code_can_be_any_transform_coding_with_uniform_quantisers(codin
         *(jnp.asarray(x, jnp.float32) for x in (projection, mean, np.ones(2), np.zeros(2))),
         *(jnp.asarray(x, jnp.float32) for x in (transform, levels, weight)),
     )
-    codec = LinearCode(bits)
+    codec = LinearCode(bits / head_dim, scaled=False)
     keys = rng.normal(size=(30, 2, head_dim)).astype(np.float32)
     signs, scale = encode(codec, parameters, keys)
     assert scale is None
@@ -336,7 +340,7 @@ def test_a_linear_code_of_one_bit_each_is_plain_signs():
         weight=ones,
     )
     keys = np.concatenate([random_keys(40), np.asarray(orthogonal.mean[...])[None]])
-    codec = LinearCode(64)
+    codec = LinearCode(1.0, scaled=False)
     np.testing.assert_array_equal(
         encode(codec, linear, keys)[0], encode(signs_codec, orthogonal, keys)[0]
     )
@@ -348,7 +352,7 @@ def test_a_linear_code_of_one_bit_each_is_plain_signs():
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(32, 8), (64, 128), (128, 64), (128, 48)])
 def test_an_untuned_linear_code_quantises_unit_keys_to_within_its_steps(bits, head_dim):
-    codec = LinearCode(bits)
+    codec = LinearCode(bits / head_dim, scaled=False)
     parameters = one_layer(codec, head_dim=head_dim)
     keys = 0.5 * random_keys(100, head_dim=head_dim)
     signs, scale = encode(codec, parameters, keys)
@@ -400,10 +404,30 @@ def test_default_sketch_widths(head_dim, one_plane, two_planes):
 
 
 @pytest.mark.parametrize("bits", [-32, 0, 1, 33, 100])
-@pytest.mark.parametrize("codec", [GaussianSigns, OrthogonalSigns, LinearCode])
+@pytest.mark.parametrize("codec", [GaussianSigns, OrthogonalSigns])
 def test_a_width_that_does_not_pack_is_refused(codec, bits):
     with pytest.raises(ValueError, match=f"a sketch of {bits} bits does not pack"):
         codec(bits).sketch_bits(128)
+
+
+def test_a_linear_code_has_the_bits_of_its_rate_whatever_the_rounding():
+    for head_dim in range(8, 257, 2):
+        for bits in range(32, 8 * head_dim + 1, 32):
+            assert LinearCode(bits / head_dim).sketch_bits(head_dim) == bits
+
+
+@pytest.mark.parametrize(
+    ("rate", "head_dim", "bits"),
+    [(1.0, 128, 128), (0.5, 128, 64), (2.0, 64, 128), (0.5, 80, 64), (1.0, 48, 64), (0.01, 8, 32)],
+)
+def test_bits_of_a_linear_code_are_rounded_up_to_whole_words(rate, head_dim, bits):
+    assert LinearCode(rate).sketch_bits(head_dim) == bits
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, 8.01, 128, float("nan"), float("inf")])
+def test_other_rates_of_a_linear_code_are_refused(rate):
+    with pytest.raises(ValueError, match=rf"rate={rate} bits per channel must be in \(0, 8\]"):
+        LinearCode(rate).sketch_bits(128)
 
 
 # Values
@@ -418,27 +442,29 @@ def encode_values(codec, values):
 @settings(deadline=None, max_examples=30)
 @given(
     bits=st.sampled_from((4, 3, 2)),
+    group=st.sampled_from((None, 8)),
     seed=st.integers(0, 2**32 - 1),
     size=st.sampled_from((1e-30, 1e-6, 1.0, 1e4, 1e30)),
     shift=st.sampled_from((0.0, 0.1, -100.0)),
 )
-def test_a_value_is_read_to_within_half_a_step(bits, seed, size, shift):
+def test_a_value_is_read_to_within_half_a_step(bits, group, seed, size, shift):
     values = size * (np.random.default_rng(seed).normal(size=(9, 2, 32)) + shift)
     values = values.astype(np.float32)
-    (codes, scale, zero), decoded = encode_values(QuantisedValues(bits), values)
+    (codes, scale, zero), decoded = encode_values(QuantisedValues(bits, group=group), values)
     assert scale.dtype == zero.dtype == jnp.bfloat16
     top = 2**bits - 1
     assert codes.dtype == jnp.int32
     assert 0 <= codes.min() <= codes.max() <= top
 
-    wide = values.astype(np.float64)
+    # All that share a scale and zero on the last axis.
+    wide = values.astype(np.float64).reshape(9, 2, -1, group or 32)
     lowest, highest = wide.min(axis=-1), wide.max(axis=-1)
     np.testing.assert_allclose(np.asarray(zero, np.float64), lowest, rtol=BFLOAT16)
     span = highest - lowest
     np.testing.assert_allclose(np.asarray(scale, np.float64), span / top, rtol=BFLOAT16)
     # Half a step, and what the rounding of the zero and of all steps together can push out.
     allowed = span / top / 2 * (1 + BFLOAT16) + BFLOAT16 * (np.abs(lowest) + span)
-    error = np.abs(np.asarray(decoded, np.float64) - wide).max(axis=-1)
+    error = np.abs(np.asarray(decoded, np.float64).reshape(wide.shape) - wide).max(axis=-1)
     assert (error <= allowed * (1 + 1e-5)).all()
 
 
@@ -464,14 +490,56 @@ def test_other_value_widths_are_refused(bits):
         QuantisedValues(bits)
 
 
+def test_groups_of_no_channels_are_refused():
+    with pytest.raises(ValueError, match="groups of 0 channels must be positive"):
+        QuantisedValues(4, group=0)
+
+
+# Keys quantised per channel
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_channel_of_a_group_of_keys_is_quantised_as_one_value(bits):
+    keys = random_keys(96).reshape(3, 32, 2, 64)
+    channels_last = np.moveaxis(keys, 1, -1)
+    encoded, decoded = encode_values(ChannelQuantisedKeys(bits), keys)
+    values, expected = encode_values(QuantisedValues(bits), channels_last)
+    np.testing.assert_array_equal(np.moveaxis(encoded.codes, 1, -1), values.codes)
+    np.testing.assert_array_equal(encoded.scale, values.scale[..., 0])
+    np.testing.assert_array_equal(encoded.zero, values.zero[..., 0])
+    np.testing.assert_array_equal(np.moveaxis(decoded, 1, -1), expected)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_quantised_keys_are_scored_wherever_their_block_begins(group):
+    codec, layers, batch, tokens, head_dim = ChannelQuantisedKeys(4, group), 2, 3, 512, 16
+    keys = random_keys(layers * batch * tokens, head_dim=head_dim)
+    keys = keys.reshape(layers, batch, tokens // group, group, 2, head_dim)
+    query = random_keys(batch * 5, kv_heads=4, head_dim=head_dim).reshape(batch, 5, 4, head_dim)
+    encoded = codec.encode(jnp.asarray(keys))
+    words = rearrange(pack_column(encoded.codes, 4), "l b g n k w -> l b (k w) (g n)")
+    scalars = jnp.moveaxis(encoded.scalars, 2, 3)
+    score = channel_scores(codec, words, scalars, jnp.int32(1), jnp.asarray(query))
+    first, last = 128, 384
+    decoded = np.asarray(codec.decode(encoded), np.float64).reshape(layers, batch, tokens, 2, -1)
+    expected = np.einsum(
+        "bqkgd,btkd->bkgqt", query.reshape(batch, 5, 2, 2, -1), decoded[1, :, first:last]
+    )
+    actual = score(jnp.int32(first), last - first)
+    np.testing.assert_allclose(actual, expected / head_dim**0.5, atol=1e-5)
+
+
+def test_other_widths_and_groups_of_keys_are_refused():
+    with pytest.raises(ValueError, match="keys of 3 bits are not supported; use 4 or 2"):
+        ChannelQuantisedKeys(3)
+    for group in (0, 48, 256):
+        with pytest.raises(ValueError, match=f"groups of {group} keys must divide 128 tokens"):
+            ChannelQuantisedKeys(2, group)
+
+
 def test_value_rotations_are_orthogonal_and_differ_by_layer_and_head():
     rotation = np.asarray(random_rotation(jax.random.key(0), 2, 3, 16))
     product = np.einsum("lkcd,lked->lkce", rotation, rotation)
     np.testing.assert_allclose(product, np.broadcast_to(np.eye(16), product.shape), atol=1e-5)
     flat = rotation.reshape(6, -1)
     assert all(np.abs(flat[i] - flat[j]).max() > 0.1 for i in range(6) for j in range(i))
-
-
-def test_a_component_of_more_bits_than_levels_can_count_is_refused():
-    with pytest.raises(ValueError, match="256 bits are more than 16 for each of 8 channels"):
-        LinearCode(bits=256).init(jax.random.key(0), 1, 1, 1, 8)

@@ -1,16 +1,19 @@
 """Generation: what each row becomes, whatever its neighbours, chunks, stops and earlier turns."""
 
 import re
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calibrations import TEXT, random_calibration
 from toy import load_quietly
 
 import h1bjax
 from h1bjax import generate as generation
+from h1bjax.calibration_file import is_calibratable, save_calibration
 from h1bjax.generate import DecodeState, decode, decode_step, prefill
 from h1bjax.output import RowText
 from h1bjax.request import GenerateOptions, prepare_cache, prepare_control
@@ -121,9 +124,26 @@ def test_log_probabilities_come_only_on_request(exact):
 # Rows and chunks
 
 
-@pytest.mark.parametrize("cache", h1bjax.PRESETS)
-def test_a_row_does_not_depend_on_its_neighbours(toy_folder, cache):
-    model = load_quietly(toy_folder, cache)
+@pytest.fixture(scope="module")
+def calibrated_folder(toy_folder, tmp_path_factory):
+    """The toy model with a calibration of every preset, since some need one."""
+    folder = shutil.copytree(toy_folder, tmp_path_factory.mktemp("calibrated") / "toy")
+    for spec in h1bjax.PRESETS.values():
+        if is_calibratable(spec):
+            save_calibration(folder, random_calibration(spec), TEXT)
+    return folder
+
+
+# One of every codec of keys; the others differ in numbers alone.
+COMMON = {"exact", "h1b-paper", "h1b", "h1b-signs", "h1b-2plane-v2", "kivi-2", "sinks-window"}
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [pytest.param(x, marks=() if x in COMMON else pytest.mark.slow) for x in h1bjax.PRESETS],
+)
+def test_a_row_does_not_depend_on_its_neighbours(calibrated_folder, cache):
+    model = load_quietly(calibrated_folder, cache)
     together = model.generate(PROMPTS, max_new_tokens=NEW).tokens
     for prompt, row in zip(PROMPTS, together, strict=True):
         assert model.generate([prompt] * len(PROMPTS), max_new_tokens=NEW).tokens[0] == row
@@ -405,7 +425,13 @@ def test_only_shapes_compile(exact):
 
 @pytest.mark.parametrize(
     ("cache", "dtype", "step"),
-    [("exact", "bfloat16", decode_step), ("exact", "float32", decode), ("h1b", "float32", decode)],
+    [
+        ("exact", "bfloat16", decode_step),
+        ("exact", "float32", decode),
+        ("h1b", "float32", decode),
+        ("kivi-2", "float32", decode),
+        ("sinks-window", "float32", decode),
+    ],
 )
 def test_decoding_updates_the_cache_in_place(toy_folder, cache, dtype, step):
     model = load_quietly(toy_folder, cache, dtype=dtype)

@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--batch",
         type=positive,
-        default=8,
+        default=4,
         metavar="N",
         help="windows at a time; default: %(default)s",
     )
