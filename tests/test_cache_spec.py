@@ -19,6 +19,9 @@ from h1bjax.cache import (
     padded_capacity,
 )
 
+pytestmark = pytest.mark.once
+
+
 CUSTOM = [
     CacheSpec("keys alone", OrthogonalSigns(), window=7),
     CacheSpec("values alone", values=QuantisedValues(3), sinks=1, window=5),

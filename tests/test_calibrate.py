@@ -23,6 +23,8 @@ from h1bjax.decoder import Decoder, init_codec
 from h1bjax.rope import rope_frequencies
 from h1bjax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.once
+
 CONTEXT = 80
 TEXT = "".join(f"{number} squared is {number * number}.\n" for number in range(400))
 

@@ -24,6 +24,8 @@ from h1bjax.cache.channel_keys import channel_scores
 from h1bjax.cache.scoring import half_variance
 from pallas_kernels.packing import pack_column
 
+pytestmark = pytest.mark.once
+
 BFLOAT16 = 2.0**-8
 """Relative error of rounding to bfloat16, and room to spare."""
 

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from h1bjax.config import LlamaConfig, RopeConfig
 
+pytestmark = pytest.mark.once
+
+
 SHAPE = {
     "vocab_size": 96,
     "hidden_size": 64,

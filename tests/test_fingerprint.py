@@ -11,6 +11,8 @@ from toy import toy_config, toy_parameters, write_toy
 from h1bjax.checkpoint import save_pretrained
 from h1bjax.fingerprint import SAMPLE_BYTES, weights_fingerprint
 
+pytestmark = pytest.mark.once
+
 
 def fingerprint(folder, **tensors):
     folder.mkdir()

@@ -17,6 +17,9 @@ from h1bjax.cache.fitting.sample import KeySample
 from h1bjax.cache.fitting.temperature import fit_temperature
 from h1bjax.cache.fitting.transform_coding import allocate_bits, fit_linear_code
 
+pytestmark = pytest.mark.once
+
+
 seeds = st.integers(0, 2**32 - 1)
 
 

@@ -1,15 +1,18 @@
 """What a user can ask of a loaded model, and what each mistake answers."""
 
 import inspect
+import shutil
 from dataclasses import fields, replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calibrations import TEXT, random_calibration
 from toy import load_quietly, toy_config, toy_parameters, write_toy
 
 import h1bjax
-from h1bjax.cache import CacheSpec
+from h1bjax.cache import UNCALIBRATED, CacheSpec
+from h1bjax.calibration_file import save_calibration
 from h1bjax.decoder import Decoder, fold_value_rotation
 from h1bjax.model import Model
 from h1bjax.request import GenerateOptions, encode_prompts
@@ -26,9 +29,9 @@ def exact(toy_folder):
 
 
 def test_a_model_is_its_config_cache_and_tokenizer(toy_folder):
-    model = load_quietly(toy_folder, "h1b")
+    model = load_quietly(toy_folder, "h1b-signs")
     assert model.config == toy_config()
-    assert model.spec is CacheSpec.preset("h1b")
+    assert model.spec is CacheSpec.preset("h1b-signs")
     assert model.tokenizer.decode(model.tokenizer.encode("the end")) == "the end"
 
 
@@ -38,8 +41,24 @@ def test_the_dtype_is_the_checkpoints_unless_chosen(toy_folder, exact):
 
 
 def test_an_uncalibrated_cache_warns(toy_folder):
-    with pytest.warns(UserWarning, match="'h1b' is not calibrated"):
-        h1bjax.load(toy_folder)
+    with pytest.warns(UserWarning, match="'h1b-signs' is not calibrated"):
+        h1bjax.load(toy_folder, cache="h1b-signs")
+
+
+@pytest.mark.parametrize("name", UNCALIBRATED)
+def test_a_preset_of_as_many_bytes_stands_in_for_an_uncalibrated_one(toy_folder, name):
+    wanted, instead = CacheSpec.preset(name), CacheSpec.preset(UNCALIBRATED[name])
+    with pytest.warns(UserWarning, match=f"'{name}' is not calibrated.*'{instead.name}'"):
+        assert h1bjax.load(toy_folder, cache=name).spec is instead
+    assert instead.bytes_per_token(128) == wanted.bytes_per_token(128)
+
+
+def test_what_stands_in_is_calibrated_if_it_can_be(toy_folder, tmp_path):
+    folder = shutil.copytree(toy_folder, tmp_path / "toy")
+    calibration = random_calibration(CacheSpec.preset("h1b-signs"))
+    save_calibration(folder, calibration, TEXT)
+    codec = load_quietly(folder, "h1b").decoder.codec
+    np.testing.assert_array_equal(codec.projection[...], calibration.codec.projection[...])
 
 
 @pytest.mark.parametrize("cache", ["exact", "kivi-2", "sinks-window"])
@@ -54,7 +73,7 @@ def test_a_cache_that_does_not_take_the_models_head_dimension_is_refused(tmp_pat
 
 
 def test_a_spec_of_ones_own_is_a_cache(toy_folder):
-    spec = CacheSpec.preset("h1b").replace(name="mine", sinks=2, window=30)
+    spec = CacheSpec.preset("h1b-signs").replace(name="mine", sinks=2, window=30)
     with pytest.warns(UserWarning, match="'mine' is not calibrated"):
         assert h1bjax.load(toy_folder, cache=spec).spec is spec
 
@@ -239,8 +258,8 @@ def test_a_cache_is_continued_with_as_many_prompts(exact):
 
 
 def test_a_cache_is_continued_by_the_codec_that_wrote_it(toy_folder, exact):
-    cache = load_quietly(toy_folder, "h1b").decoder.init_cache(batch=1, max_length=20)
-    with pytest.raises(ValueError, match=r"'h1b'.*'exact'"):
+    cache = load_quietly(toy_folder, "h1b-signs").decoder.init_cache(batch=1, max_length=20)
+    with pytest.raises(ValueError, match=r"'h1b-signs'.*'exact'"):
         exact.generate([5], cache=cache)
 
 

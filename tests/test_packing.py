@@ -21,6 +21,9 @@ from pallas_kernels.packing import (
     words_per_column,
 )
 
+pytestmark = pytest.mark.once
+
+
 widths = st.sampled_from((1, 2, 3, 4))
 
 

@@ -15,6 +15,9 @@ from h1bjax.evaluate import perplexity
 from h1bjax.model import Model
 from h1bjax.retrieval import copy_score, key_value_score
 
+pytestmark = pytest.mark.once
+
+
 CONTEXT = 128
 BOOKS = ["".join(f"the {number} ended. " for number in range(begin, begin + 40))
          for begin in (100, 300)]  # fmt: skip

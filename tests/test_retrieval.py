@@ -12,6 +12,9 @@ from toy import load_quietly
 from h1bjax import retrieval
 from h1bjax.retrieval import ANNOUNCED, copy_score, copy_task, key_value_score, key_value_task
 
+pytestmark = pytest.mark.once
+
+
 CONTEXT = 128
 PASSAGE = CONTEXT // 8
 DOCUMENTS = [

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from h1bjax.stopping import StopStrings, cut_at_stop
 
+pytestmark = pytest.mark.once
+
+
 # Tokens that overlap, split characters ("é" is two bytes), repeat, and have no bytes at all.
 VOCABULARY = (b"a", b"b", b"c", b"ab", b"ba", b"aab", b"", b"\xc3", b"\xa9", b"bca", "é".encode())
 STOPS = st.lists(st.text("abcé", min_size=1, max_size=5), max_size=4)

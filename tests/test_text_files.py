@@ -10,6 +10,9 @@ import zstandard
 
 from h1bjax.text_files import read_documents
 
+pytestmark = pytest.mark.once
+
+
 DOCUMENTS = ["Once upon a time,\r\nthe thé ended: 日本\u2028and 😀\x0b.\n", " \n", "the end"]
 COMPRESS = {
     "": lambda data: data,

@@ -13,6 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from h1bjax.token_text import TokenDecoder
 from h1bjax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.once
+
+
 SENTENCES = [
     "Once upon a time there was a little girl who liked the colour blue.",
     "The quick brown fox jumps over the lazy dog, and the dog barks.",

@@ -13,6 +13,8 @@ from h1bjax.decoder import Decoder
 from train.objective import next_token_nats
 from train.step import compute_decoder
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def config():

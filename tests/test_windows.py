@@ -11,6 +11,9 @@ from h1bjax.token_bytes import token_sizes
 from h1bjax.tokenizer import Tokenizer
 from h1bjax.windows import text_windows
 
+pytestmark = pytest.mark.once
+
+
 VOCABULARY = 300
 TEXT = "Once upon a time, the thé ended: 日本 and 😀 the end. "
 
