@@ -1,4 +1,4 @@
-"""The command line: `h1bjax generate`, `calibrate`, `eval`, `cache-size` and `convert`.
+"""The command line: `h1bjax generate`, `calibrate`, `finetune`, `eval`, `cache-size`, `convert`.
 
 Every command has a module here. Only argparse is imported before the arguments are known to be
 good, so that help and mistakes answer at once.
