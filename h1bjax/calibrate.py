@@ -148,8 +148,9 @@ def calibrate(
                     f"the queries or keys of layer {layer} are not finite; the weights may "
                     "overflow in this dtype"
                 )
-            for index, sketch in enumerate(sketches):
-                own = jax.random.fold_in(jax.random.fold_in(rng, layer), index)
+            # The same for all, so that no fit depends on the other caches in the call.
+            own = jax.random.fold_in(rng, layer)
+            for sketch in sketches:
                 fitted[sketch].append(_fit_layer(sketch, own, sample, frequencies))
                 progress.update(1)
     rotation = random_rotation(

@@ -287,10 +287,11 @@ def leaves(calibrations):
     return [np.asarray(leaf) for leaf in jax.tree.leaves([c.codec for c in calibrations])]
 
 
-def test_a_seed_decides_the_fit(decoder):
+def test_the_seed_alone_decides_the_fit(decoder):
     windows = random_windows(3, 40)
     specs = [SMALL.replace(keys=OrthogonalSigns(32)), PRESETS["exact"]]
-    first, again, other = (calibrate(decoder, windows, specs, seed=seed) for seed in (0, 0, 1))
+    first, other = (calibrate(decoder, windows, specs, seed=seed) for seed in (0, 1))
+    _, *again = calibrate(decoder, windows, [SMALL, *specs], seed=0)
     for ours, theirs in zip(leaves(first), leaves(again), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     different = zip(leaves(first), leaves(other), strict=True)

@@ -31,6 +31,8 @@ from h1bjax.checkpoint import save_pretrained
 from h1bjax.config import LlamaConfig
 from h1bjax.fingerprint import weights_fingerprint
 
+pytestmark = pytest.mark.once
+
 H1B = CacheSpec.preset("h1b")
 ROTATED = CacheSpec.preset("h1b-v2")
 FITTED = H1B.replace(name="fitted", keys=LinearCode(2.0), scores="fitted", rope_period=32)

@@ -17,6 +17,8 @@ from h1bjax.decoder import Decoder
 from h1bjax.evaluate import perplexity
 from h1bjax.token_bytes import token_sizes
 
+pytestmark = pytest.mark.once
+
 TEXT = "Once upon a time, the thé ended: 日本 and 😀 the end. " * 2
 
 
