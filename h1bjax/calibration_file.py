@@ -39,7 +39,7 @@ from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.calibrate import Calibration
 from h1bjax.config import LlamaConfig
 from h1bjax.decoder import init_codec
-from h1bjax.fingerprint import weights_fingerprint
+from h1bjax.fingerprint import file_sha256, weights_fingerprint
 from h1bjax.json_file import read_json_object
 
 FORMAT = 1
@@ -87,7 +87,7 @@ class CalibrationText:
     ) -> Self:
         """Describes the windows that were drawn from text files."""
         return cls(
-            files={Path(path).name: _file_sha256(Path(path)) for path in paths},
+            files={Path(path).name: file_sha256(Path(path)) for path in paths},
             tokens=windows.size,
             tokens_sha256=hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
             context=windows.shape[1],
@@ -163,7 +163,7 @@ def save_calibration(
             "format": FORMAT,
             "cache": cache,
             "weights": weights,
-            "arrays_sha256": _file_sha256(unfinished[0]),
+            "arrays_sha256": file_sha256(unfinished[0]),
             "text": dataclasses.asdict(text),
             "versions": {
                 "h1bjax": _own_version(),
@@ -310,7 +310,7 @@ def _read_arrays(found: _Description, expected: Mapping[str, tuple[int, ...]]) -
     path = found.array_path
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    if _file_sha256(path) != found.arrays_sha256:
+    if file_sha256(path) != found.arrays_sha256:
         raise ValueError(f"{path} is damaged: it is not the file that was saved")
     try:
         arrays = load_file(path)
@@ -366,11 +366,6 @@ def _misfits(
 
 def _listed(heading: str, problems: Sequence[str]) -> str:
     return f"{heading}:" + "".join(f"\n  {problem}" for problem in problems)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _own_version() -> str | None:

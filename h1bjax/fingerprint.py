@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's, without reading all of them."""
+"""What tells files apart, and one model's weights from another's without reading all of them."""
 
 import hashlib
 import json
@@ -10,6 +10,12 @@ from pathlib import Path
 from h1bjax.checkpoint import weight_files
 
 SAMPLE_BYTES = 64 * 1024
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a whole file as it lies on the disk, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_fingerprint(folder: str | PathLike[str]) -> str:

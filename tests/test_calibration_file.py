@@ -61,7 +61,7 @@ def edit_arrays(folder, name, change):
     """Changes the array file, and its hash with it."""
     path = calibration_path(folder, name).with_suffix(".safetensors")
     save_file(change(load_file(path)), path)
-    edit(folder, name, arrays_sha256=calibration_file._file_sha256(path))
+    edit(folder, name, arrays_sha256=calibration_file.file_sha256(path))
 
 
 def found(folder, spec):
@@ -328,7 +328,7 @@ def test_a_truncated_array_file_is_refused(folder, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"h1b\.safetensors is damaged"):
         find_calibration(folder, H1B)
-    edit(folder, "h1b", arrays_sha256=calibration_file._file_sha256(path))
+    edit(folder, "h1b", arrays_sha256=calibration_file.file_sha256(path))
     with pytest.raises(ValueError, match=r"h1b\.safetensors is not a readable safetensors"):
         find_calibration(folder, H1B)
 
@@ -395,7 +395,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_file_sha256"])
+@pytest.mark.parametrize("broken", ["save_file", "file_sha256"])
 def test_a_save_that_fails_leaves_nothing(folder, monkeypatch, broken):
     save_calibration(folder, random_calibration(ROTATED), TEXT)
     before = contents(folder)

@@ -1,6 +1,5 @@
 """A training job with what the files that it names say."""
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxtyping import Array
 
 from h1bjax.checkpoint import load_parameters, resolve_model
 from h1bjax.config import LlamaConfig
+from h1bjax.fingerprint import file_sha256
 from h1bjax.tokenizer import Tokenizer
 from train.initialise import random_parameters
 from train.options import Job
@@ -72,8 +72,8 @@ class Plan:
         return {
             "config": self.config.to_hf(),
             "begin": "random weights" if self.job.model is None else str(self.job.model),
-            "tokenizer": _digest(self.source / "tokenizer.json"),
-            "text": [_digest(file) for file in self.job.text],
+            "tokenizer": file_sha256(self.source / "tokenizer.json"),
+            "text": [file_sha256(file) for file in self.job.text],
             "batch": self.job.batch,
             "context": self.context,
             "seed": self.job.seed,
@@ -103,8 +103,3 @@ def _end(config: LlamaConfig, tokenizer: Tokenizer, source: Path) -> int:
             f"configuration with {list(config.eos_token_ids)}; make eos_token_id the same"
         )
     return ours
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

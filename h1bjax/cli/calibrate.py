@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h1bjax.cli.options import add_dtype, add_model, positive
+from h1bjax.cli.options import add_dtype, add_model, add_text, positive
 
 if TYPE_CHECKING:
     from h1bjax.cache import CacheSpec
@@ -23,13 +23,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("calibrate", help="fit caches to a model from sample text")
     parser.set_defaults(run=_run)
     add_model(parser)
-    parser.add_argument(
-        "--text",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="sample text: .txt or .jsonl, or these compressed by .gz, .xz or .zst",
-    )
+    add_text(parser)
     parser.add_argument(
         "--cache",
         action="append",

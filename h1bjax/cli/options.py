@@ -19,6 +19,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Adds --text, one file or several that `read_documents` reads."""
+    parser.add_argument(
+        "--text",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help='UTF-8 text (.txt), or JSON lines with a string "text" (.jsonl), one document each; '
+        "also compressed, as in .jsonl.xz (.gz, .xz or .zst)",
+    )
+
+
 def add_cache(parser: argparse.ArgumentParser) -> None:
     """Adds --cache, one preset."""
     parser.add_argument(

@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from h1bjax.cli.options import add_cache, add_dtype, add_json, add_model, load_model, positive
+from h1bjax.cli.options import (
+    add_cache,
+    add_dtype,
+    add_json,
+    add_model,
+    add_text,
+    load_model,
+    positive,
+)
 from h1bjax.cli.report import cache_report, print_cache, print_json
 
 if TYPE_CHECKING:
@@ -18,14 +26,7 @@ def add_parser(measures: Any) -> None:
     parser = measures.add_parser("perplexity", help="score a text through the cache")
     parser.set_defaults(run=_run)
     add_model(parser)
-    parser.add_argument(
-        "--text",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help='UTF-8 text (.txt), or JSON lines with a string "text" (.jsonl), one document each; '
-        "also compressed, as in .jsonl.xz (.gz, .xz or .zst)",
-    )
+    add_text(parser)
     add_cache(parser)
     add_dtype(parser)
     parser.add_argument(
