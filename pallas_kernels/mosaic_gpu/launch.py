@@ -1,0 +1,110 @@
+"""Launching a kernel body over a grid, on any version of Pallas that is supported."""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array
+
+from pallas_kernels.mosaic_gpu.registers import I32, I64
+
+WARPS = 4
+"""Warps of a warpgroup, the unit in which threads are launched."""
+
+
+class Block(NamedTuple):
+    """What a thread knows of where it runs.
+
+    Attributes:
+        index: the block's place on every axis of the grid.
+        thread: the thread's number in its block.
+        shared: byte address of the block's shared memory.
+    """
+
+    index: list[I32]
+    thread: I32
+    shared: I32
+
+    @property
+    def lane(self) -> I32:
+        """The thread's number in its warp."""
+        return self.thread & 31
+
+    @property
+    def warp(self) -> I32:
+        """The warp's number in its block."""
+        return self.thread >> 5
+
+
+def launch(
+    body: Callable[..., None],
+    *operands: Array,
+    results: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    warpgroups: int,
+    shared_bytes: int,
+) -> Sequence[Array]:
+    """Runs `body(block, *addresses)` in every thread of every block.
+
+    Args:
+        body: gets its `Block` and the byte address of each operand, then of each result.
+        operands: dense arrays in global memory.
+        results: shapes and dtypes of what the body writes; it must write all of it.
+        grid: blocks on each axis, the fastest first.
+        warpgroups: groups of 128 threads in a block.
+        shared_bytes: shared memory of a block.
+    """
+    names = tuple(f"block{axis}" for axis in range(len(grid)))
+    references = len(operands) + len(results)
+
+    def inline(context: object, *arguments: object) -> None:
+        *arrays, memory = arguments[: references + 1]
+        index = [I32(each.registers.item()) for each in arguments[references + 1 :]]
+        thread = I32(utils.thread_idx())
+        body(
+            Block(index, thread, _shared_address(memory)),
+            *(_global_address(array) for array in arrays),
+        )
+
+    run = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * (references + 1) + (plgpu.Layout.WG_SPLAT,) * len(grid)
+    )(inline)
+
+    def kernel(*references: object) -> None:
+        run(*references, *(lax.axis_index(name) for name in names))
+
+    scratch = [plgpu.SMEM((max(shared_bytes, 128),), jax.numpy.int8)]
+    # Renamed in jax 0.10.2.
+    renamed = "out_type" in signature(plgpu.kernel).parameters
+    shapes = (
+        {"out_type": list(results), "scratch_types": scratch}
+        if renamed
+        else {"out_shape": list(results), "scratch_shapes": scratch}
+    )
+    return plgpu.kernel(
+        kernel,
+        grid=grid,
+        grid_names=names,
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **shapes,
+    )(*operands)
+
+
+def _global_address(reference: ir.Value) -> I64:
+    return I64(llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(reference)))
+
+
+def _shared_address(reference: ir.Value) -> I32:
+    # jax 0.10.0 does not see by itself where a reference lies.
+    told = "memory_space" in signature(utils.memref_ptr).parameters
+    space = {"memory_space": utils.WORKGROUP_NVPTX_ADDRESS_SPACE} if told else {}
+    pointer = utils.memref_ptr(reference, **space)
+    return I32(llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer))
