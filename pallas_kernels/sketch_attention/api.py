@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
-from pallas_kernels.sketch_attention import reference
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
+from pallas_kernels.sketch_attention.choice import Implementation, choose, implementation_named
 from pallas_kernels.sketch_attention.partial import Partial
 
 
@@ -17,6 +17,7 @@ def sketch_attention(
     *,
     start: int,
     stop: Int32[Array, "batch queries"],
+    implementation: Implementation | None = None,
 ) -> Partial:
     """Attention of each query to the stored tokens `start <= n < stop`.
 
@@ -32,16 +33,21 @@ def sketch_attention(
         start: the first token that may be seen, the same for all rows.
         stop: for each query, one past the last token it sees; nothing is seen where
             `stop <= start`.
+        implementation: which to run; None leaves it to `choose`, which says which and why.
 
     Returns:
         Float32 output `[batch, queries, heads, head_dim]` and log-sum-exp
         `[batch, queries, heads]`; 0 and -inf for a query that sees nothing.
 
     Raises:
-        ValueError: the shapes do not describe one cache.
+        ValueError: the shapes do not describe one cache, or the implementation that was asked for
+            cannot run them.
+        ImportError: it needs a package that is not installed.
     """
     _check(query, keys, values)
-    return reference.sketch_attention(query, keys, values, layer, start=start, stop=stop)
+    chosen = choose(query, keys, values, implementation)
+    attend = implementation_named(chosen.implementation).sketch_attention
+    return attend(query, keys, values, layer, start=start, stop=stop)
 
 
 def _check(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> None:

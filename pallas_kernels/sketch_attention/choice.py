@@ -1,0 +1,92 @@
+"""Which implementation of sketch attention runs, and why."""
+
+import logging
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+from pallas_kernels.device import cuda_capability
+from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
+
+Implementation = Literal["xla", "mosaic_gpu", "triton"]
+
+_MODULES = {"xla": "reference", "mosaic_gpu": "gpu_mosaic", "triton": "gpu_triton"}
+_HOPPER = (9, 0)
+_AMPERE = (8, 0)
+
+_log = logging.getLogger(__name__)
+
+
+class Choice(NamedTuple):
+    """An implementation of `sketch_attention`, and why it was chosen."""
+
+    implementation: Implementation
+    reason: str
+
+
+def choose(
+    query: SketchQuery,
+    keys: PackedKeys,
+    values: PackedValues,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """The implementation that `sketch_attention` runs on these arguments.
+
+    Only shapes and dtypes matter, so `jax.ShapeDtypeStruct`s will do. Each choice is logged once,
+    at level INFO.
+
+    Args:
+        query: the queries.
+        keys: the sketches.
+        values: the value codes.
+        implementation: what the caller asks for; None takes the fastest that can run on the
+            default device.
+
+    Raises:
+        ValueError: there is no such implementation, or it cannot run these arguments.
+        ImportError: it needs a package that is not installed.
+    """
+    if implementation is None:
+        choice = _fastest(query, keys, values)
+    else:
+        if implementation not in _MODULES:
+            raise ValueError(
+                f"unknown implementation {implementation!r} of sketch_attention; "
+                f"use one of {', '.join(_MODULES)}, or None"
+            )
+        refusal = implementation_named(implementation).refusal(query, keys, values)
+        if refusal is not None:
+            raise ValueError(f"sketch_attention cannot run as {implementation!r}: {refusal}")
+        choice = Choice(implementation, "the caller asked for it")
+    _log_once(choice)
+    return choice
+
+
+def implementation_named(name: Implementation) -> ModuleType:
+    """The module of an implementation, with `sketch_attention` and `refusal`.
+
+    Imported only here, because an implementation may need packages that others do without.
+    """
+    return import_module(f"pallas_kernels.sketch_attention.{_MODULES[name]}")
+
+
+def _fastest(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> Choice:
+    capability = cuda_capability()
+    if capability is None:
+        return Choice("xla", "the default device is no NVIDIA GPU")
+    if capability < _AMPERE:
+        return Choice("xla", f"compute capability {capability[0]}.{capability[1]} is below 8.0")
+    wanted: Implementation = "mosaic_gpu" if capability >= _HOPPER else "triton"
+    try:
+        refusal = implementation_named(wanted).refusal(query, keys, values)
+    except ImportError as error:
+        return Choice("xla", f"{wanted} is not available: {error}")
+    if refusal is not None:
+        return Choice("xla", f"{wanted} cannot run this: {refusal}")
+    return Choice(wanted, f"compute capability {capability[0]}.{capability[1]}")
+
+
+@cache
+def _log_once(choice: Choice) -> None:
+    _log.info("sketch attention runs as %s: %s", choice.implementation, choice.reason)

@@ -1,0 +1,189 @@
+"""Queries turned back by the positions of the RoPE blocks that a warp reads."""
+
+from dataclasses import dataclass
+
+from pallas_kernels.mosaic_gpu import ptx
+from pallas_kernels.mosaic_gpu.launch import Block
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select, when
+from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import LOG2_E, QueryReader
+from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, TILE, Plan
+
+_RADIANS_PER_UNIT = 6.283185307179586 / 2.0**32
+
+
+@dataclass(frozen=True)
+class BlockQueries:
+    """Computes the operands of a warp's next RoPE blocks.
+
+    Attributes:
+        reader: of the queries.
+        mean: address of the KV head's mean key.
+        frequencies: address of the RoPE frequencies.
+    """
+
+    reader: QueryReader
+    mean: I64
+    frequencies: I64
+
+    def prepare(self, block: Block) -> list[F32]:
+        """Brings everything into shared memory that does not depend on the position.
+
+        Returns:
+            For each operand, undoes the normalisation of the query at the lane's row.
+        """
+        reader, plan = self.reader, self.reader.plan
+        threads = 32 * plan.warps
+        shared = plan.shared
+
+        def copy(source: I64, target: int, words: int) -> None:
+            def step(index: I32, carry: list) -> list:
+                values = ptx.load(source + index * 16, count=4)
+                ptx.store(block.shared + target + index * 16, *values)
+                return carry
+
+            loop(block.thread, I32.constant(words // 4), threads, [], step)
+
+        copy(reader.fragments, shared.transform, plan.key_reads * 8 * plan.slices * 128)
+        copy(self.mean, shared.mean, plan.head_dim)
+
+        def turn(index: I32, carry: list) -> list:
+            radians = ptx.load(self.frequencies + index * 4)[0].as_float()
+            assert plan.period is not None
+            turns = ptx.turns_per_step(radians, plan.period)
+            ptx.store(block.shared + shared.turns + index * 4, turns)
+            return carry
+
+        loop(block.thread, I32.constant(plan.head_dim // 2), threads, [], turn)
+
+        restore = []
+        for number in range(plan.operands):
+            head = reader.head_of(reader.row) + COLUMNS * number
+            channels, own = reader.load_normalised(head, plan.groups)
+            restore.append(own)
+            place = block.shared + shared.queries + head * (4 * plan.head_dim) + reader.column * 8
+            when(
+                block.warp.equals(0) & head.less(plan.groups),
+                lambda place=place, channels=channels: _keep(place, channels),
+            )
+        return restore
+
+    def update(self, first_tile: I32, restore: list[F32], factors: list[list[F32]]) -> None:
+        """Computes the operands of the blocks that begin at a tile, and their columns.
+
+        Args:
+            first_tile: number of the tile.
+            restore: for each operand of a tile, what `prepare` gave.
+            factors: for each operand of a tile, `Columns.factor`.
+        """
+        reader, plan = self.reader, self.reader.plan
+        assert plan.period is not None
+        block = first_tile // plan.tiles_per_block if plan.tiles_per_block > 1 else first_tile
+        rows, means = self._rows(block)
+        region = reader.region(reader.warp)
+        transform = reader.shared + plan.shared.transform
+        first = I32.constant(0)
+        loaded = reader.load_fragments(first, transform)
+        reader.transform(rows, first, 1, region, transform, loaded)
+        ptx.warp_barrier()
+        own = reader.row.equals(0)
+        places = reader.shared + plan.shared.columns + reader.warp * plan.column_bytes
+        for number in range(plan.sets):
+            operand = number if plan.operands > 1 else 0
+            factor = factors[operand]
+            total = reader.sum_all(reader.region(reader.warp, number))
+            base = [(x * y) * 0.5 for x, y in zip(total, factor, strict=True)]
+            place = places + number * (1 + plan.shared_blocks) * COLUMNS * 4
+            when(own, lambda place=place, base=base: ptx.store(place + reader.column * 8, *base))
+            bias = means[number] * restore[operand] * (LOG2_E / plan.head_dim**0.5)
+            for parity in range(plan.shared_blocks):
+                mine = (reader.row // plan.stride).equals(parity)
+                value = select(mine, bias, F32.constant(float("-inf")))
+                target = place + reader.row * 4
+                when(
+                    reader.column.equals(0),
+                    lambda target=target, value=value, parity=parity: ptx.store(
+                        target, value, offset=(1 + parity) * COLUMNS * 4
+                    ),
+                )
+        ptx.warp_barrier()
+
+    def columns(self, number: I32 | int, parity: I32 | int) -> list[F32]:
+        """`Columns.base` and `Columns.bias` of the lane's two columns, in that order."""
+        reader, plan = self.reader, self.reader.plan
+        place = reader.shared + plan.shared.columns + reader.warp * plan.column_bytes
+        place = place + reader.column * 8
+        row = COLUMNS * 4
+        at = _times(number, (1 + plan.shared_blocks) * row)
+        base = ptx.load(place + at, count=2)
+        bias = ptx.load(place + at + _times(parity, row), row, count=2)
+        return [word.as_float() for word in (*base, *bias)]
+
+    def _rows(self, block: I32) -> tuple[list[list[I32]], list[F32]]:
+        """Turned queries as operands, and their product with the mean key."""
+        reader, plan = self.reader, self.reader.plan
+        shared, half = plan.shared, plan.slices // 2
+        head = reader.head_of(reader.row)
+        blocks = [block + reader.row // plan.stride] * 2
+        heads = [head, head]
+        if plan.operands > 1:
+            heads = [head, head + COLUMNS]
+        else:
+            blocks[1] = blocks[1] + plan.shared_blocks
+        lane_channel = reader.column * 8
+        sources = [
+            reader.shared
+            + shared.queries
+            + each.minimum(plan.groups - 1) * (4 * plan.head_dim)
+            + lane_channel
+            for each in heads
+        ]
+        means = [F32.constant(0.0), F32.constant(0.0)]
+        registers: list[list[I32]] = [[] for _ in range(plan.slices)]
+        for part in range(half):
+            for offset in (0, 32):
+                place = 64 * part + offset
+                turns = ptx.load(reader.shared + shared.turns + lane_channel, place, count=2)
+                mean = [
+                    word.as_float()
+                    for start in (place, place + 2 * plan.head_dim)
+                    for word in ptx.load(
+                        reader.shared + shared.mean + lane_channel, start, count=2
+                    )
+                ]
+                for number, (source, index) in enumerate(zip(sources, blocks, strict=True)):
+                    first = [x.as_float() for x in ptx.load(source, place, count=2)]
+                    second = [
+                        x.as_float()
+                        for x in ptx.load(source, place + 2 * plan.head_dim, count=2)
+                    ]
+                    turned = [
+                        _turn_back(x, y, turn * index)
+                        for x, y, turn in zip(first, second, turns, strict=True)
+                    ]
+                    values = [x for x, _ in turned] + [y for _, y in turned]
+                    for value, weight in zip(values, mean, strict=True):
+                        means[number] = ptx.fma(value, weight, means[number])
+                    registers[part].append(ptx.pack_halves(*values[:2]))
+                    registers[part + half].append(ptx.pack_halves(*values[2:]))
+        totals = []
+        for total in means:
+            for mask in (1, 2):
+                total = total + ptx.shuffle_xor(total, mask)
+            totals.append(total)
+        return registers, totals
+
+
+def _keep(place: I32, channels: list[F32]) -> None:
+    for pair in range(len(channels) // 2):
+        ptx.store(place, *channels[2 * pair : 2 * pair + 2], offset=32 * pair)
+
+
+def _turn_back(x: F32, y: F32, phase: I32) -> tuple[F32, F32]:
+    """A channel pair turned by minus a phase, which is in units of 2⁻³² turns."""
+    angle = phase.to_float() * _RADIANS_PER_UNIT
+    cosine, sine = ptx.cosine(angle), ptx.sine(angle)
+    return ptx.fma(y, sine, x * cosine), ptx.fma(-x, sine, y * cosine)
+
+
+def _times(number: I32 | int, factor: int) -> I32:
+    return I32.constant(number * factor) if isinstance(number, int) else number * factor
