@@ -1,4 +1,4 @@
-"""The command line: `h1bjax generate`, `calibrate`, `finetune`, `eval`, `cache-size`, `convert`.
+"""The command line: `generate`, `calibrate`, `finetune`, `eval`, `bench`, `cache-size`, `convert`.
 
 Every command has a module here. Only argparse is imported before the arguments are known to be
 good, so that help and mistakes answer at once.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TextIO
 
-from h1bjax.cli import cache_size, calibrate, convert, finetune, generate, perplexity
+from h1bjax.cli import bench, cache_size, calibrate, convert, finetune, generate, perplexity
 
 PROGRAM = "h1bjax"
 
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_parser(
         evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
     )
+    bench.add_parser(commands)
     cache_size.add_parser(commands)
     convert.add_parser(commands)
     finetune.add_parser(commands)

@@ -1,0 +1,1 @@
+"""How fast whole models decode, and in how much memory."""

@@ -1,0 +1,88 @@
+"""A decoder with random weights, and what is told of it when it has run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from h1bjax.bench.case import Case, Measured, versions
+from h1bjax.bench.contents import random_parameters
+from h1bjax.cache import CacheSpec, KVCache
+from h1bjax.decoder import Decoder, init_codec
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        decoder: with random weights and an uncalibrated codec.
+        weights_nbytes: of its parameters, without the codec's.
+        log: collects what kernels log from here on.
+    """
+
+    decoder: Decoder
+    weights_nbytes: int
+    log: "_Log"
+
+    @classmethod
+    def create(cls, case: Case) -> "Subject":
+        """The decoder that a case describes.
+
+        Raises:
+            ValueError: the cache does not suit the model.
+        """
+        log = _Log()
+        config, spec = case.config, CacheSpec.preset(case.preset)
+        spec.check_head_dim(config.head_dim)
+        rng = jax.random.key(0)
+        parameters = random_parameters(config, jnp.dtype(case.dtype), rng)
+        decoder = Decoder(config, parameters, spec, init_codec(config, spec, rng))
+        return cls(decoder, sum(array.nbytes for array in parameters.values()), log)
+
+    def measured(
+        self,
+        case: Case,
+        cache: KVCache,
+        seconds: Sequence[float],
+        *,
+        tokens: int,
+        compile_seconds: float,
+    ) -> Measured:
+        """The outcome of runs that took so many seconds for so many tokens."""
+        return Measured.from_runs(
+            seconds,
+            tokens=tokens,
+            name=case.preset,
+            batch=cache.batch,
+            device=jax.devices()[0].device_kind,
+            versions=versions("jax", "jaxlib", "flax", "jax-triton"),
+            cache_nbytes=cache.nbytes,
+            weights_nbytes=self.weights_nbytes,
+            peak_nbytes=device_memory().get("peak_bytes_in_use"),
+            device_nbytes=device_memory().get("bytes_limit"),
+            compile_seconds=compile_seconds,
+            notes=tuple(self.log.lines),
+        )
+
+
+def device_memory() -> dict[str, Any]:
+    """What the device keeps about its memory, in bytes; nothing where it keeps nothing."""
+    return jax.devices()[0].memory_stats() or {}
+
+
+class _Log(logging.Handler):
+    """Collects what kernels log, which is what runs them and why."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        logger = logging.getLogger("pallas_kernels")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -1,0 +1,227 @@
+"""`h1bjax bench decode` and `h1bjax bench prefill`: the speed and memory of whole models."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from h1bjax.cli.options import add_json, positive
+from h1bjax.cli.report import human_bytes, print_json
+
+if TYPE_CHECKING:
+    from h1bjax.bench.case import Case, Measured
+    from h1bjax.config import LlamaConfig
+
+_EXACT = "exact"
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of the program."""
+    bench = commands.add_parser("bench", help="measure speed and memory, with random weights")
+    subjects = bench.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
+
+    decode = subjects.add_parser("decode", help="decode steps of a whole model")
+    decode.set_defaults(run=_run_decode)
+    _add_common(decode)
+    decode.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="measure each cache with as many sequences as memory holds too, "
+        "or only so where --batch is not given",
+    )
+    decode.add_argument(
+        "--steps", type=positive, default=32, metavar="N", help="in a run; default: %(default)s"
+    )
+    decode.add_argument(
+        "--peer",
+        choices=("transformers",),
+        help="measure transformers' static cache and compiled step as well (needs torch)",
+    )
+
+    prefill = subjects.add_parser("prefill", help="reading prompts into the cache of a whole model")
+    prefill.set_defaults(run=_run_prefill)
+    _add_common(prefill)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a folder in Hugging Face layout, or a hub id, of which only config.json is read",
+    )
+    model.add_argument("--shape", metavar="NAME", help="such as llama-3-8b or llama-3.2-1b")
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        default=[_EXACT, "h1b"],
+        metavar="PRESET",
+        help="cache presets, of which cache-size lists all; default: exact h1b",
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=positive, default=[], metavar="N", help="sequences; default: 1"
+    )
+    parser.add_argument(
+        "--context",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="tokens that each sequence holds at the end",
+    )
+    parser.add_argument(
+        "--repetitions", type=positive, default=5, metavar="N", help="runs; default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of weights and arithmetic; default: %(default)s",
+    )
+    add_json(parser, "print lines of JSON: the settings, then one object for each measurement")
+
+
+def _run_decode(options: argparse.Namespace) -> None:
+    if options.steps >= options.context:
+        raise ValueError(f"--steps {options.steps} must be fewer than --context {options.context}")
+    case = replace(_case(options), steps=options.steps)
+    batches: list[int | None] = list(options.batch)
+    if options.largest_batch:
+        batches.append(None)
+    jobs = []
+    for batch in batches or [1]:
+        found = [
+            ("decode", name, replace(case, preset=name, batch=batch)) for name in options.cache
+        ]
+        if options.peer is not None and batch is not None:
+            peer = replace(case, preset=options.peer, batch=batch)
+            found.append((options.peer, options.peer, peer))
+        jobs.append(found)
+    _measure(options, case, "ms per step", jobs)
+
+
+def _run_prefill(options: argparse.Namespace) -> None:
+    case = _case(options)
+    jobs = []
+    for batch in options.batch or [1]:
+        found = []
+        for name in options.cache:
+            one = replace(case, preset=name, batch=batch)
+            found.append(("prefill", name, one))
+            if name != _EXACT:
+                found.append(
+                    ("prefill", f"{name}, exact prefill", replace(one, exact_prefill=True))
+                )
+        jobs.append(found)
+    _measure(options, case, "ms for all prompts", jobs)
+
+
+def _case(options: argparse.Namespace) -> Case:
+    """What all measurements share.
+
+    Raises:
+        ValueError: a preset or the shape is unknown.
+        FileNotFoundError: there is no such model.
+    """
+    from h1bjax.bench.case import Case
+    from h1bjax.cache import CacheSpec
+
+    for preset in options.cache:
+        CacheSpec.preset(preset)
+    return Case(
+        config=_config(options),
+        preset=_EXACT,
+        batch=1,
+        context=options.context,
+        repetitions=options.repetitions,
+        dtype=options.dtype,
+    )
+
+
+def _config(options: argparse.Namespace) -> LlamaConfig:
+    if options.model is not None:
+        from h1bjax.checkpoint import resolve_model
+        from h1bjax.config import LlamaConfig
+
+        return LlamaConfig.from_hf(resolve_model(options.model, config_only=True))
+    from h1bjax.bench.shapes import SHAPES
+
+    if options.shape not in SHAPES:
+        raise ValueError(f"unknown shape {options.shape!r}; choose one of {', '.join(SHAPES)}")
+    return SHAPES[options.shape]
+
+
+def _measure(
+    options: argparse.Namespace, case: Case, unit: str, jobs: list[list[tuple[str, str, Case]]]
+) -> None:
+    """Runs and prints jobs: lists of which each is compared with its own exact cache."""
+    from h1bjax.bench.worker import run
+
+    _print_head(options, case, unit)
+    devices: dict[str, None] = {}
+    for compared in jobs:
+        exact = None
+        for kind, name, one in compared:
+            found = run(kind, one)
+            if isinstance(found, str):
+                _print_failure(options, name, one, found)
+                continue
+            found = replace(found, name=name)
+            if name == _EXACT:
+                exact = found
+            _print_found(options, one, found, exact)
+            packages = (f"{package} {number}" for package, number in found.versions.items())
+            devices[f"{found.device}; {', '.join(packages)}"] = None
+    if not options.json:
+        print("\n" + "\n".join(devices))
+
+
+def _print_head(options: argparse.Namespace, case: Case, unit: str) -> None:
+    config = case.config
+    if options.json:
+        chosen = {name: value for name, value in vars(options).items() if name != "run"}
+        print_json({"settings": chosen, "config": config.to_hf()})
+        return
+    print(
+        f"{options.shape or options.model}, {options.dtype}: {config.num_layers} layers, "
+        f"{config.num_heads} heads, {config.num_kv_heads} KV heads of {config.head_dim} channels; "
+        f"{options.context} tokens\n"
+    )
+    columns = [
+        "cache", "batch", unit, "tokens/s", "× exact", "cache bytes", "peak memory",
+    ]  # fmt: skip
+    _print_line(columns)
+    _print_line(["---"] * len(columns))
+
+
+def _print_failure(options: argparse.Namespace, name: str, case: Case, problem: str) -> None:
+    if options.json:
+        print_json({"name": name, "batch": case.batch, "error": problem})
+        return
+    batch = "largest" if case.batch is None else str(case.batch)
+    _print_line([name, batch, problem, "", "", "", ""])
+
+
+def _print_found(
+    options: argparse.Namespace, case: Case, found: Measured, exact: Measured | None
+) -> None:
+    if options.json:
+        print_json(found.to_json())
+        return
+    ratio = None if exact is None else found.tokens_per_second / exact.tokens_per_second
+    fastest, slowest = 1e3 * found.fastest, 1e3 * found.slowest
+    _print_line(
+        [
+            found.name,
+            f"{found.batch}{' (largest)' if case.batch is None else ''}",
+            f"{1e3 * found.seconds:.2f} ({fastest:.2f} to {slowest:.2f})",
+            f"{found.tokens_per_second:.0f}",
+            "" if ratio is None else f"{ratio:.2f}",
+            human_bytes(found.cache_nbytes),
+            "" if found.peak_nbytes is None else human_bytes(found.peak_nbytes),
+        ]
+    )
+
+
+def _print_line(cells: list[str]) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
