@@ -112,6 +112,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         exact_prefill: bool = False,
+        fresh: bool = False,
         compressed: bool = False,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch tokens vocab"], KVCache | None]:
@@ -130,6 +131,9 @@ class Decoder(nnx.Module):
             cache: holds the tokens before these; None attends among these tokens alone.
             exact_prefill: whether tokens read their own chunk exactly, and only older tokens
                 from the compressed store.
+            fresh: whether the caller knows that the cache holds no tokens. A prompt then runs
+                through fused attention where that is possible, see
+                `h1bjax.cache.choose_prefill`; rows that do hold tokens are refused.
             compressed: without a cache, attend as through a fresh cache of `spec`; otherwise
                 attention without a cache is exact.
             remat: without a cache, whether a gradient keeps only the results of the matrix
@@ -145,6 +149,7 @@ class Decoder(nnx.Module):
             positions,
             cache,
             exact_prefill=exact_prefill,
+            fresh=fresh,
             compressed=compressed,
             remat=remat,
         )
@@ -157,6 +162,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         exact_prefill: bool = False,
+        fresh: bool = False,
         compressed: bool = False,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
@@ -179,12 +185,13 @@ class Decoder(nnx.Module):
         else:
             assert positions is not None
             self.check_cache(cache)
-            cache.check(positions)
+            cache.check(positions, fresh=fresh)
         return self._hidden(
             tokens,
             positions,
             cache,
             exact_prefill=exact_prefill,
+            fresh=fresh,
             compressed=compressed,
             remat=remat,
         )
@@ -269,7 +276,7 @@ class Decoder(nnx.Module):
         return jnp.where(known[..., None], found, instead)
 
     # Compiled here, so that calls outside of any jit do not compile the layers again each time.
-    @partial(jax.jit, static_argnames=("exact_prefill", "compressed", "remat"))
+    @partial(jax.jit, static_argnames=("exact_prefill", "fresh", "compressed", "remat"))
     def _hidden(
         self,
         tokens: Int32[Array, "batch tokens"],
@@ -277,6 +284,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         *,
         exact_prefill: bool,
+        fresh: bool,
         compressed: bool,
         remat: bool,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
@@ -289,9 +297,9 @@ class Decoder(nnx.Module):
         if cache is None:
             x = self._without_cache(x, positions, attend, remat)
         else:
-            accepted = cache.accepts(positions)[:, None]
+            accepted = cache.accepts(positions, fresh=fresh)[:, None]
             positions = jnp.where(accepted, positions, -1)
-            x, cache = self._with_cache(x, positions, cache, exact_prefill)
+            x, cache = self._with_cache(x, positions, cache, exact_prefill, fresh)
             cache = cache.advance(positions)
             x = jnp.where(accepted[..., None], x, jnp.nan)
         return _rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
@@ -321,9 +329,13 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "batch tokens"],
         cache: KVCache,
         exact_prefill: bool,
+        fresh: bool,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
         frequencies = self._frequencies()
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        encoder = None
+        if self.codec is not None and cache.spec.sketch is not None:
+            encoder = cache.spec.sketch.encoder(self.codec)
 
         def step(carry: tuple[Array, KVCache], layer: tuple) -> tuple[tuple[Array, KVCache], None]:
             x, cache = carry
@@ -342,6 +354,8 @@ class Decoder(nnx.Module):
                     codec,
                     frequencies,
                     exact_chunk=exact_prefill,
+                    fresh=fresh,
+                    encoder=encoder,
                 )
 
             return self._layer(weights, codec, x, positions, attend), None

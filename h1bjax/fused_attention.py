@@ -1,41 +1,46 @@
-"""Exact causal attention over whole rows, by the fastest implementation that there is."""
+"""Causal attention over whole rows, by the fastest implementation that there is."""
 
-import re
-from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels.device import cuda_capability
+from pallas_kernels.sketch_attention import Partial
+
 HOPPER = (9, 0)
+
+Implementation = Literal["cudnn", "xla"]
 
 
 class Choice(NamedTuple):
     """An implementation of `jax.nn.dot_product_attention`, and why it was chosen."""
 
-    implementation: Literal["cudnn", "xla"]
+    implementation: Implementation
     reason: str
 
 
-def choose_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
-    """The implementation that `causal_attention` uses on the default device.
+def choose_implementation(dtype: DTypeLike, channels: int) -> Choice:
+    """The implementation that suits the default device.
 
     Args:
         dtype: of queries, keys and values.
-        head_dim: their width.
+        channels: their width.
     """
-    capability = _cuda_capability()
+    capability = cuda_capability()
     if capability is None:
         return Choice("xla", "the default device is no NVIDIA GPU")
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return Choice("xla", f"cuDNN's attention takes 16-bit floats, not {jnp.dtype(dtype)}")
     widest = 256 if capability >= HOPPER else 128
-    if head_dim > widest or head_dim % 8:
+    if channels > widest or channels % 8:
         return Choice(
             "xla",
-            f"cuDNN's attention takes a head_dim of multiples of 8 up to {widest} on this GPU, "
-            f"not {head_dim}",
+            f"cuDNN's attention takes multiples of 8 channels up to {widest} on this GPU, "
+            f"not {channels}",
         )
     return Choice("cudnn", "a GPU with 16-bit floats")
 
@@ -52,24 +57,66 @@ def causal_attention(
     scores; XLA's holds them all, in float32.
 
     Args:
-        query: after RoPE; no row has padding.
+        query: after RoPE; padding may only follow all other tokens of its row.
         key: after RoPE.
         value: of the same tokens.
     """
     chosen = choose_implementation(query.dtype, query.shape[-1]).implementation
-    # 16-bit products are exact in any case; those of float32 would lose bits on GPU and TPU.
-    wide = query.dtype == jnp.float32
-    with jax.default_matmul_precision("highest") if wide else nullcontext():
+    with _matmul_precision(query.dtype):
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation=chosen
         )
 
 
-def _cuda_capability() -> tuple[int, ...] | None:
-    """The compute capability of the default device, such as (9, 0); None where there is none."""
-    if jax.default_backend() != "gpu":
-        return None
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    # AMD's GPUs name theirs otherwise, such as gfx90a.
-    found = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    return None if found is None else tuple(map(int, found.groups()))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def causal_partial(
+    query: Float[Array, "batch tokens heads channels"],
+    key: Float[Array, "batch tokens kv_heads channels"],
+    value: Float[Array, "batch tokens kv_heads channels"],
+    scale: float,
+    window: int | None,
+    implementation: Implementation,
+) -> Partial:
+    """As `causal_attention`, with a log-sum-exp by which to merge it, and without a gradient.
+
+    JAX's log-sum-exp comes with a gradient that is silently zero.
+
+    Args:
+        query: padding may only follow all other tokens of its row.
+        key: of the same tokens, or of as many others: query i sees keys `j <= i`.
+        value: of the same tokens as the keys.
+        scale: of the scores, instead of `1/√channels`.
+        window: query i sees only keys `j > i - window`; None for all.
+        implementation: see `choose_implementation`.
+
+    Raises:
+        NotImplementedError: it is differentiated.
+    """
+    with _matmul_precision(query.dtype):
+        output, lse = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=scale,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=implementation,
+            return_residual=True,
+        )
+    # JAX rounds the log-sum-exp to the dtype of the output; under jit, XLA leaves out that
+    # rounding because of the conversion that follows here.
+    return Partial(output.astype(jnp.float32), lse.astype(jnp.float32))
+
+
+@causal_partial.defjvp
+def _no_gradient(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "attention that is merged by its log-sum-exp has no gradient; differentiate "
+        "causal_attention or dense_attention"
+    )
+
+
+def _matmul_precision(dtype: DTypeLike) -> AbstractContextManager:
+    # 16-bit products are exact in any case; those of float32 would lose bits on GPU and TPU.
+    wide = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if wide else nullcontext()

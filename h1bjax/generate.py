@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
-from h1bjax.cache import KVCache
+from h1bjax.cache import KVCache, choose_prefill
 from h1bjax.decoder import Decoder
 from h1bjax.sampling import Sampling, row_keys, sample
 from h1bjax.stopping import StopStrings
 
 PREFILL_CHUNK = 1024
-"""Prompts longer than this many tokens are read in chunks of as many."""
+"""Prompts longer than this many tokens are read in chunks of as many, where scores are held."""
+
+PREFILL_TOKENS = 65536
+"""The most tokens of a whole batch that fused attention reads at once, for their activations."""
 
 SMALLEST_BUCKET = 16
 """Prompts, output buffers and stop-id lists are padded to at least this, so few shapes compile."""
@@ -98,6 +101,12 @@ def bucket_size(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def prefill_width(length: int) -> int:
+    """What a chunk of `length` tokens is padded to, by at most a seventh where it is long."""
+    step = max(bucket_size(length) // 8, SMALLEST_BUCKET)
+    return bucket_size(length) if length <= PREFILL_CHUNK else -(-length // step) * step
+
+
 def stop_id_array(ids: tuple[int, ...]) -> Int32[Array, "stop_ids"]:
     """Stop ids padded with -1 to a bucket."""
     return jnp.asarray([*ids, *[-1] * (bucket_size(len(ids)) - len(ids))], jnp.int32)
@@ -120,21 +129,36 @@ def prefill(
     """
     longest = max(len(prompt) for prompt in prompts)
     lengths = np.asarray(cache.lengths)
-    chunk = longest if exact else PREFILL_CHUNK
     hidden = jnp.zeros((len(prompts), decoder.config.hidden_size), decoder.dtype)
-    for begin in range(0, longest, chunk):
-        width = bucket_size(min(chunk, longest - begin))
+    fused = not lengths.any() and _runs_fused(decoder, cache, exact)
+    begin = 0
+    while begin < longest:
+        fresh = fused and begin == 0
+        chunk = PREFILL_CHUNK
+        if exact:
+            chunk = longest
+        elif fresh:
+            chunk = max(PREFILL_TOKENS // len(prompts), PREFILL_CHUNK)
+        width = prefill_width(min(chunk, longest - begin))
         tokens = np.zeros((len(prompts), width), np.int32)
         positions = np.full((len(prompts), width), -1, np.int32)
         for row, prompt in enumerate(prompts):
             part = prompt[begin : begin + chunk]
             tokens[row, : len(part)] = part
             positions[row, : len(part)] = lengths[row] + begin + np.arange(len(part))
-        hidden, cache = _prefill_chunk(decoder, tokens, positions, cache, hidden, exact=exact)
+        hidden, cache = _prefill_chunk(
+            decoder, tokens, positions, cache, hidden, exact=exact, fresh=fresh
+        )
+        begin += chunk
     return _logits(decoder, hidden), cache
 
 
-@partial(jax.jit, donate_argnames=("cache", "hidden"), static_argnames="exact")
+def _runs_fused(decoder: Decoder, cache: KVCache, exact: bool) -> bool:
+    choice = choose_prefill(cache.spec, decoder.dtype, cache.head_dim, exact=exact)
+    return choice.implementation == "cudnn"
+
+
+@partial(jax.jit, donate_argnames=("cache", "hidden"), static_argnames=("exact", "fresh"))
 def _prefill_chunk(
     decoder: Decoder,
     tokens: Int[Array, "batch tokens"],
@@ -143,9 +167,10 @@ def _prefill_chunk(
     hidden: Float[Array, "batch embed"],
     *,
     exact: bool,
+    fresh: bool,
 ) -> tuple[Float[Array, "batch embed"], KVCache]:
     """Keeps the hidden state of each row's last token, whichever chunk that is in."""
-    outputs, new_cache = decoder.hidden(tokens, positions, cache, exact_prefill=exact)
+    outputs, new_cache = decoder.hidden(tokens, positions, cache, exact_prefill=exact, fresh=fresh)
     assert new_cache is not None
     count = jnp.sum(positions >= 0, axis=1)
     last = jnp.take_along_axis(outputs, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]

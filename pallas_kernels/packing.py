@@ -106,10 +106,22 @@ def from_storage(stored: Shaped[Array, "*shape"], dtype: DTypeLike) -> Float[Arr
     return jax.lax.bitcast_convert_type(stored, jnp.dtype(dtype))
 
 
+def pack_scalars(
+    scalars: BFloat16[Array, "*batch heads tokens"],
+) -> UInt16[Array, "*batch rows half_tokens"]:
+    """Single scalars of whole blocks of 128 tokens, in their pairs of rows: `rows = 2·heads`."""
+    return rearrange(
+        to_storage(scalars),
+        "... heads (block half lane) -> ... (heads half) (block lane)",
+        half=2,
+        lane=_HALF,
+    )
+
+
 def unpack_scalars(
     paired: UInt16[Array, "*batch rows half_tokens"],
 ) -> Float32[Array, "*batch heads tokens"]:
-    """Reads single scalars back from their pairs of rows: `rows = 2·heads`."""
+    """Inverse of `pack_scalars`, as float32."""
     bits = rearrange(
         paired,
         "... (heads half) (block lane) -> ... heads (block half lane)",

@@ -11,6 +11,7 @@ from h1bjax.cache.keys import (
     TwoPlanes,
 )
 from h1bjax.cache.kv_cache import KVCache
+from h1bjax.cache.prefill import choose_prefill, fill_and_attend
 from h1bjax.cache.spec import PRESETS, UNCALIBRATED, CacheSpec, padded_capacity
 from h1bjax.cache.values import QuantisedValues, random_rotation
 
@@ -27,7 +28,9 @@ __all__ = [
     "QuantisedValues",
     "TwoPlanes",
     "append_and_attend",
+    "choose_prefill",
     "dense_attention",
+    "fill_and_attend",
     "padded_capacity",
     "random_rotation",
 ]

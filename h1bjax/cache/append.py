@@ -9,9 +9,12 @@ from jaxtyping import Array, Float, Int32
 from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
-from h1bjax.cache.scoring import encode_keys
+from h1bjax.cache.scoring import encode_keys, relative_keys
+from h1bjax.cache.spec import CacheSpec
 from h1bjax.cache.window import as_window, recent_keys
+from pallas_kernels.append import ExactWindow, KeyEncoder, StoredTokens, Token, append_token
 from pallas_kernels.packing import pack_column, pack_scalar_pair, scalar_index, to_storage
+from pallas_kernels.sketch_attention import PackedKeys, PackedValues
 
 
 def append(
@@ -70,6 +73,64 @@ def append(
         value_words=write_columns(cache.value_words, words),
         value_affine=write_columns(cache.value_affine, _channels(pack_scalar_pair(scale, zero))),
     )
+
+
+def appends_in_one_step(spec: CacheSpec, head_dim: int) -> bool:
+    """Whether `append_one` takes caches of this spec: of sketches, and values with one scale."""
+    values = spec.values
+    return spec.sketch is not None and values is not None and values.groups(head_dim) == 1
+
+
+def append_one(
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    keys: Float[Array, "batch 1 kv_heads head_dim"],
+    values: Float[Array, "batch 1 kv_heads head_dim"],
+    positions: Int32[Array, "batch 1"],
+    encoder: KeyEncoder,
+    frequencies: Float[Array, "half_dim"],
+) -> KVCache:
+    """Writes one token of each row into one layer's store and window, in one step and in place.
+
+    Args:
+        cache: one that `appends_in_one_step`.
+        layer: which layer.
+        keys: after RoPE.
+        values: of the same tokens.
+        positions: nothing is written at -1.
+        encoder: of all layers.
+        frequencies: RoPE frequencies, radians per token.
+    """
+    spec = cache.spec
+    assert cache.key_words is not None and spec.values is not None
+    assert cache.value_words is not None and cache.value_affine is not None
+    window = None
+    if cache.window_keys is not None:
+        assert cache.window_values is not None
+        window = ExactWindow(cache.window_keys, cache.window_values, spec.sinks)
+    relative = None
+    if spec.rope_period is not None:
+        relative = relative_keys(keys, positions, spec.rope_period, frequencies)[:, 0]
+    stored = append_token(
+        StoredTokens(
+            PackedKeys(cache.key_words, cache.key_scales),
+            PackedValues(cache.value_words, cache.value_affine, spec.values.bits),
+            window,
+        ),
+        layer,
+        encoder,
+        Token(keys[:, 0], values[:, 0], positions[:, 0], relative),
+    )
+    cache = replace(
+        cache,
+        key_words=stored.keys.words,
+        key_scales=stored.keys.scales,
+        value_words=stored.values.words,
+        value_affine=stored.values.affine,
+    )
+    if stored.window is None:
+        return cache
+    return replace(cache, window_keys=stored.window.keys, window_values=stored.window.values)
 
 
 def _append_key_groups(

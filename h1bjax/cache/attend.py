@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from h1bjax.cache.append import append
+from h1bjax.cache.append import append, append_one, appends_in_one_step
 from h1bjax.cache.channel_keys import ChannelQuantisedKeys, channel_scores
 from h1bjax.cache.exact import exact_logits, exact_scores, exact_vectors
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
+from h1bjax.cache.prefill import choose_prefill, fill_and_attend
 from h1bjax.cache.scoring import sketch_query
 from h1bjax.cache.window import (
     as_window,
@@ -16,6 +17,7 @@ from h1bjax.cache.window import (
     window_positions,
     write_window,
 )
+from pallas_kernels.append import KeyEncoder
 from pallas_kernels.sketch_attention import (
     PackedKeys,
     PackedValues,
@@ -39,6 +41,8 @@ def append_and_attend(
     frequencies: Float[Array, "half_dim"],
     *,
     exact_chunk: bool = False,
+    fresh: bool = False,
+    encoder: KeyEncoder | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], KVCache]:
     """One layer's attention: stores the chunk, then lets each query see all tokens up to its own.
 
@@ -56,15 +60,38 @@ def append_and_attend(
         frequencies: RoPE frequencies, radians per token.
         exact_chunk: whether queries read all of their own chunk exactly (exact prefill), and
             only older tokens from the store.
+        fresh: whether the caller knows that the cache holds no tokens at all. Where fused
+            attention can run then it does, see `choose_prefill`; it has no gradient.
+        encoder: the key codec's, of all layers. Given that, a single token is stored in one step,
+            which has no gradient.
     """
+    if fresh:
+        choice = choose_prefill(cache.spec, query.dtype, cache.head_dim, exact=exact_chunk)
+        if choice.implementation == "cudnn":
+            return fill_and_attend(
+                cache,
+                layer,
+                query,
+                keys,
+                values,
+                positions,
+                parameters,
+                frequencies,
+                exact_chunk=exact_chunk,
+                implementation="cudnn",
+            )
     # An exact cache holds the chunk as it is, so there is nothing to read elsewhere.
     exact_chunk = exact_chunk and not cache.spec.exact
     # The slot that one new token overwrites holds the very token that its query no longer reads
     # exactly. Writing before anything is read spares a copy of the window.
-    window_first = bool(cache.spec.window) and query.shape[1] == 1 and not exact_chunk
-    if window_first:
-        cache = write_window(cache, layer, keys, values, positions)
-    stored = append(cache, layer, keys, values, positions, parameters, frequencies)
+    single = query.shape[1] == 1 and not exact_chunk
+    window_first = bool(cache.spec.window) and single
+    if encoder is not None and single and appends_in_one_step(cache.spec, cache.head_dim):
+        stored = append_one(cache, layer, keys, values, positions, encoder, frequencies)
+    else:
+        if window_first:
+            cache = write_window(cache, layer, keys, values, positions)
+        stored = append(cache, layer, keys, values, positions, parameters, frequencies)
     stop = positions - cache.spec.window + 1
     if exact_chunk:
         stop = jnp.minimum(stop, cache.lengths[:, None])

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.exact import exact_logits
-from h1bjax.cache.keys import CodecParameters, EncodedKeys, KeyCodec
-from h1bjax.cache.scoring import encode_keys, half_variance
+from h1bjax.cache.keys import CodecParameters, KeyCodec
+from h1bjax.cache.scoring import encode_keys, half_variance, sign_features, squared_code_norm
 from h1bjax.cache.spec import CacheSpec
 from pallas_kernels.rotary import rotate
 from pallas_kernels.sketch_attention import softmax_partial
@@ -107,7 +107,7 @@ def sketched_logits(
     transform = codec.query_transform(parameters)
     mean = jnp.broadcast_to(parameters.mean[...], (keys.shape[0], 1, kv_heads, head_dim))
     if codec.signed_query:
-        read, features = _sign_features(query, transform), encoded.signs
+        read, features = sign_features(query, transform), encoded.signs
     else:
         read = query
         features = jnp.einsum("btkc,kdc->btkd", encoded.signs, transform, precision=_EXACT)
@@ -124,29 +124,10 @@ def sketched_logits(
         logits = logits + _by_group(parameters.offset[...], kv_heads)
     variance = half_variance(spec, codec, query)
     if variance is not None and encoded.scale is not None:
-        energy = jnp.square(encoded.scale.astype(jnp.float32)) * _squared_norm(encoded, codec)
+        energy = jnp.square(encoded.scale.astype(jnp.float32)) * squared_code_norm(encoded, codec)
         by_query = rearrange(variance, "b q (k g) -> b k g q 1", k=kv_heads)
         logits = logits - by_query * rearrange(energy, "b t k -> b k 1 1 t")
     return logits + exact_logits(query, _by_head(mean))
-
-
-def _squared_norm(encoded: EncodedKeys, codec: KeyCodec) -> Float[Array, "batch tokens kv_heads"]:
-    code = encoded.signs
-    if codec.planes == 2:
-        sign, second = jnp.split(code, 2, axis=-1)
-        code = 2.0 * sign + second
-    return jnp.sum(jnp.square(code), axis=-1)
-
-
-def _sign_features(
-    query: Float[Array, "batch tokens heads head_dim"],
-    projection: Float[Array, "kv_heads head_dim bits"],
-) -> Float[Array, "batch tokens heads bits"]:
-    grouped = rearrange(
-        query.astype(jnp.float32), "b t (k g) d -> b t k g d", k=projection.shape[0]
-    )
-    u = jnp.einsum("btkgd,kdc->btkgc", grouped, projection, precision=_EXACT)
-    return rearrange(jnp.where(u >= 0, 1.0, -1.0), "b t k g c -> b t (k g) c")
 
 
 def _attend(

@@ -9,7 +9,7 @@ live in `CodecParameters`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, pi
 from typing import ClassVar, NamedTuple
@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Key
 from h1bjax.cache.fitting.rotation import iterative_quantisation
 from h1bjax.cache.fitting.sample import KeySample
 from h1bjax.cache.fitting.transform_coding import DEEPEST, fit_linear_code
+from pallas_kernels.append import KeyEncoder, encode_keys
 
-_EXACT = jax.lax.Precision.HIGHEST
 _WORD_BITS = 32
 
 
@@ -139,11 +139,15 @@ class KeyCodec(ABC):
             heads: query heads.
         """
 
-    @abstractmethod
+    def encoder(self, parameters: CodecParameters) -> KeyEncoder:
+        """How keys become bits and a scalar; `parameters` may be those of all layers."""
+        return KeyEncoder(parameters.projection[...], parameters.mean[...], scaled=self.scaled)
+
     def encode(
         self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
     ) -> EncodedKeys:
         """Sketches keys, in float32."""
+        return EncodedKeys(*encode_keys(self.encoder(parameters), keys))
 
     def query_transform(
         self, parameters: CodecParameters
@@ -193,11 +197,6 @@ class GaussianSigns(KeyCodec):
         kv_heads, _, head_dim = sample.keys.shape
         return _first_layer(self.init(rng, 1, kv_heads, heads, head_dim))
 
-    def encode(
-        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
-    ) -> EncodedKeys:
-        return EncodedKeys(_project(parameters, keys)[1] >= 0, None)
-
     def logit_scale(self, head_dim: int) -> float:
         return head_dim**0.5 / self.sketch_bits(head_dim)
 
@@ -229,13 +228,6 @@ class OrthogonalSigns(KeyCodec):
         """Centres keys and fits the rotation by iterative quantisation."""
         components = self.sketch_bits(sample.keys.shape[-1])
         return _fit_rotation(rng, sample, heads, components, _signs)
-
-    def encode(
-        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
-    ) -> EncodedKeys:
-        centred, u = _project(parameters, keys)
-        bits = u >= 0
-        return EncodedKeys(bits, _scalar(centred, jnp.sum(jnp.abs(u), axis=-1)))
 
     def noise(self, head_dim: int) -> tuple[float, int] | None:
         # For Gaussian components E|u| = √(2/π)·√E[u²], so ‖s·c‖² is π/2 of ‖u‖²; fewer bits than
@@ -274,14 +266,8 @@ class TwoPlanes(KeyCodec):
 
         return _fit_rotation(rng, sample, heads, components, code)
 
-    def encode(
-        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
-    ) -> EncodedKeys:
-        centred, u = _project(parameters, keys)
-        positive, large = u >= 0, self._large(u)
-        code_dot_u = jnp.sum(jnp.where(large, 3.0, 1.0) * jnp.abs(u), axis=-1)
-        bits = jnp.concatenate([positive, positive == large], axis=-1)
-        return EncodedKeys(bits, _scalar(centred, code_dot_u))
+    def encoder(self, parameters: CodecParameters) -> KeyEncoder:
+        return replace(super().encoder(parameters), magnitude=self.threshold)
 
     def query_transform(
         self, parameters: CodecParameters
@@ -375,24 +361,18 @@ class LinearCode(KeyCodec):
             metric=fitted.metric if self.scaled else None,
         )
 
-    def encode(
-        self, parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
-    ) -> EncodedKeys:
+    def encoder(self, parameters: CodecParameters) -> KeyEncoder:
         assert parameters.levels is not None and parameters.weight is not None
-        levels, weight = parameters.levels[...], parameters.weight[...]
-        centred, x = _project(parameters, keys)
-        level = jnp.clip(jnp.floor(x) + levels, 0.0, 2.0 * levels - 1.0)
-        bits = jnp.floor(level / weight) % 2 == 1
-        if parameters.metric is None:
-            return EncodedKeys(bits, None)
-        signs, transform = jnp.where(bits, 1.0, -1.0), self.query_transform(parameters)
-        decoded = jnp.einsum("...kc,kdc->...kd", signs, transform, precision=_EXACT)
-        true, read = (
-            jnp.einsum("...kd,kde->...ke", x, parameters.metric[...], precision=_EXACT)
-            for x in (centred, decoded)
+        quantiser = replace(
+            super().encoder(parameters),
+            levels=parameters.levels[...],
+            weight=parameters.weight[...],
+            longest=self.longest,
         )
-        scale = _scalar(true, jnp.sum(true * read, axis=-1))
-        return EncodedKeys(bits, jnp.minimum(scale, self.longest))
+        if parameters.metric is None:
+            return quantiser
+        transform = self.query_transform(parameters)
+        return replace(quantiser, transform=transform, metric=parameters.metric[...])
 
     def query_transform(
         self, parameters: CodecParameters
@@ -463,22 +443,3 @@ def _fit_rotation(
         rngs, centred
     )
     return CodecParameters(rotation, mean, temperature=jnp.ones(heads), offset=jnp.zeros(heads))
-
-
-def _project(
-    parameters: CodecParameters, keys: Float[Array, "*tokens kv_heads head_dim"]
-) -> tuple[Float[Array, "*tokens kv_heads head_dim"], Float[Array, "*tokens kv_heads components"]]:
-    centred = keys.astype(jnp.float32) - parameters.mean[...]
-    u = jnp.einsum("...kd,kcd->...kc", centred, parameters.projection[...], precision=_EXACT)
-    return centred, u
-
-
-def _scalar(
-    true: Float[Array, "*tokens kv_heads channels"],
-    read_dot_true: Float[Array, "*tokens kv_heads"],
-) -> Float[Array, "*tokens kv_heads"]:
-    """What to multiply the read key by, so that along the true key it is exact; 0 if it cannot."""
-    energy = jnp.sum(jnp.square(true), axis=-1)
-    possible = read_dot_true > 0
-    scale = jnp.where(possible, energy / jnp.where(possible, read_dot_true, 1.0), 0.0)
-    return scale.astype(jnp.bfloat16)

@@ -177,19 +177,22 @@ class KVCache:
         """Bytes allocated, `lengths` excluded; equals `spec.nbytes`."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self)) - self.lengths.nbytes
 
-    def accepts(self, positions: Int32[Array, "batch tokens"]) -> Bool[Array, "batch"]:
+    def accepts(
+        self, positions: Int32[Array, "batch tokens"], *, fresh: bool = False
+    ) -> Bool[Array, "batch"]:
         """Which rows can take tokens at these positions.
 
         A row's valid positions must come first, continue its length one by one and stay below
-        the limit; -1 marks the padding after them.
+        the limit; -1 marks the padding after them. With `fresh`, rows must hold no tokens yet.
         """
         tokens = positions.shape[1]
         count = jnp.sum(positions >= 0, axis=1)
         index = jnp.arange(tokens)
         expected = jnp.where(index < count[:, None], self.lengths[:, None] + index, -1)
-        return jnp.all(positions == expected, axis=1) & (self.lengths + count <= self.limit)
+        fitting = jnp.all(positions == expected, axis=1) & (self.lengths + count <= self.limit)
+        return fitting & (self.lengths == 0) if fresh else fitting
 
-    def check(self, positions: Int32[Array, "batch tokens"]) -> None:
+    def check(self, positions: Int32[Array, "batch tokens"], *, fresh: bool = False) -> None:
         """Raises if concrete positions are refused by `accepts`; does nothing while tracing.
 
         Raises:
@@ -199,11 +202,15 @@ class KVCache:
             raise ValueError(f"{positions.shape[0]} rows of positions for a cache of {self.batch}")
         if isinstance(positions, jax.core.Tracer) or isinstance(self.lengths, jax.core.Tracer):
             return
-        refused = np.flatnonzero(~np.asarray(self.accepts(positions)))
+        refused = np.flatnonzero(~np.asarray(self.accepts(positions, fresh=fresh)))
         if not refused.size:
             return
         row = int(refused[0])
         length = int(self.lengths[row])
+        if fresh and length:
+            raise ValueError(
+                f"row {row} holds {length} tokens, so the cache is not fresh; leave fresh=True out"
+            )
         count = int(np.sum(np.asarray(positions[row]) >= 0))
         if length + count > self.limit:
             raise ValueError(

@@ -21,9 +21,19 @@ def encode_keys(
 ) -> EncodedKeys:
     """Sketches keys that have their full RoPE, relative to their block if the period is finite."""
     if spec.rope_period is not None:
-        block = positions - positions % spec.rope_period
-        keys = rotate(keys.astype(jnp.float32), -block[..., None], frequencies)
+        keys = relative_keys(keys, positions, spec.rope_period, frequencies)
     return codec.encode(parameters, keys)
+
+
+def relative_keys(
+    keys: Float[Array, "batch tokens kv_heads head_dim"],
+    positions: Int32[Array, "batch tokens"],
+    period: int,
+    frequencies: Float[Array, "half_dim"],
+) -> Float[Array, "batch tokens kv_heads head_dim"]:
+    """Keys that have their full RoPE, with RoPE for their offset in a block of `period` tokens."""
+    block = positions - positions % period
+    return rotate(keys.astype(jnp.float32), -block[..., None], frequencies)
 
 
 def sketch_query(
@@ -76,3 +86,26 @@ def half_variance(
     kappa, directions = noise
     energy = jnp.sum(jnp.square(query.astype(jnp.float32)), axis=-1)
     return 0.5 * kappa / (1 + kappa) * energy / (query.shape[-1] * directions)
+
+
+def squared_code_norm(
+    encoded: EncodedKeys, codec: KeyCodec
+) -> Float[Array, "batch tokens kv_heads"]:
+    """`‖code‖²` of sketched keys, see `SketchQuery.planes`."""
+    code = encoded.signs
+    if codec.planes == 2:
+        sign, second = jnp.split(code, 2, axis=-1)
+        code = 2.0 * sign + second
+    return jnp.sum(jnp.square(code), axis=-1)
+
+
+def sign_features(
+    query: Float[Array, "batch tokens heads head_dim"],
+    projection: Float[Array, "kv_heads head_dim bits"],
+) -> Float[Array, "batch tokens heads bits"]:
+    """What signed queries multiply sketches with: the signs of the projected query."""
+    grouped = rearrange(
+        query.astype(jnp.float32), "b t (k g) d -> b t k g d", k=projection.shape[0]
+    )
+    u = jnp.einsum("btkgd,kdc->btkgc", grouped, projection, precision=jax.lax.Precision.HIGHEST)
+    return rearrange(jnp.where(u >= 0, 1.0, -1.0), "b t k g c -> b t (k g) c")

@@ -7,7 +7,7 @@ import jax
 from einops import rearrange
 from jaxtyping import Array, BFloat16, Float, Int32, Key, Shaped
 
-from h1bjax.cache.affine import dequantise, quantise
+from pallas_kernels.affine import dequantise, quantise
 from pallas_kernels.packing import words_per_column
 
 

@@ -1,0 +1,121 @@
+"""The one entry to the append of a decode step."""
+
+from types import ModuleType
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from pallas_kernels.append import reference
+from pallas_kernels.append.arguments import KeyEncoder, StoredTokens, Token
+from pallas_kernels.device import cuda_capability
+from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
+
+Implementation = Literal["xla", "mosaic_gpu"]
+
+_HOPPER = (9, 0)
+
+
+def append_token(
+    stored: StoredTokens,
+    layer: Int32[Array, ""],
+    encoder: KeyEncoder,
+    token: Token,
+    *,
+    implementation: Implementation | None = None,
+) -> StoredTokens:
+    """Sketches each row's new key, quantises its value, and writes both at its position.
+
+    Donate the cache, and let nothing read the old one afterwards, so that nothing is copied.
+
+    Args:
+        stored: the cache of all layers.
+        layer: which layer to write.
+        encoder: of all layers.
+        token: one new token of each row.
+        implementation: None takes the fastest that can run on the default device.
+
+    Returns:
+        The cache with the tokens written.
+
+    Raises:
+        ValueError: the shapes do not describe one cache, or the implementation cannot run them.
+    """
+    _check(stored, encoder, token)
+    run = _implementation(stored, encoder, token, implementation)
+    return run.append_token(stored, layer, encoder, token)
+
+
+def _implementation(
+    stored: StoredTokens, encoder: KeyEncoder, token: Token, wanted: Implementation | None
+) -> ModuleType:
+    if wanted == "xla" or (wanted is None and (cuda_capability() or (0, 0)) < _HOPPER):
+        return reference
+    if wanted not in (None, "mosaic_gpu"):
+        raise ValueError(
+            f"unknown implementation {wanted!r} of append_token; use 'xla', 'mosaic_gpu' or None"
+        )
+    # Pallas's GPU modules take long to import, and most processes do without.
+    from pallas_kernels.append import gpu_mosaic
+
+    refusal = gpu_mosaic.refusal(stored, encoder, token)
+    if refusal is None:
+        return gpu_mosaic
+    if wanted is not None:
+        raise ValueError(f"append_token cannot run as {wanted!r}: {refusal}")
+    return reference
+
+
+def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:
+    batch, kv_heads, head_dim = token.keys.shape
+    layers, _, _, tokens = stored.keys.words.shape
+    bits = encoder.bits
+    columns = (layers, batch)
+    value_rows = kv_heads * words_per_column(head_dim, stored.values.bits)
+    components = bits if encoder.magnitude is None else bits // 2
+    per_head = (layers, kv_heads)
+    expected: dict[str, tuple[Array | None, tuple[int, ...]]] = {
+        "keys.words": (stored.keys.words, (*columns, kv_heads * (bits // 32), tokens)),
+        "keys.scales": (stored.keys.scales, (*columns, 2 * kv_heads, tokens // 2)),
+        "values.words": (stored.values.words, (*columns, value_rows, tokens)),
+        "token.values": (token.values, token.keys.shape),
+        "token.relative_keys": (token.relative_keys, token.keys.shape),
+        "token.positions": (token.positions, (batch,)),
+        "encoder.projection": (encoder.projection, (*per_head, components, head_dim)),
+        "encoder.mean": (encoder.mean, (*per_head, head_dim)),
+        "encoder.levels": (encoder.levels, (*per_head, bits)),
+        "encoder.weight": (encoder.weight, (*per_head, bits)),
+        "encoder.transform": (encoder.transform, (*per_head, head_dim, bits)),
+        "encoder.metric": (encoder.metric, (*per_head, head_dim, head_dim)),
+    }
+    if stored.window is not None:
+        window = (*columns, stored.window.keys.shape[2], kv_heads * head_dim)
+        expected["window.keys"] = (stored.window.keys, window)
+        expected["window.values"] = (stored.window.values, window)
+    problems = [
+        f"{name} has shape {array.shape}, expected {shape}"
+        for name, (array, shape) in expected.items()
+        if array is not None and array.shape != shape
+    ]
+    if bits % 32:
+        problems.append(f"a sketch of {bits} bits does not pack into 32-bit words")
+    if tokens % TOKEN_BLOCK:
+        problems.append(f"{tokens} tokens are not a multiple of {TOKEN_BLOCK}")
+    affine = stored.values.affine.shape
+    if affine != (*columns, kv_heads, tokens):
+        problems.append(
+            f"values.affine has shape {affine}, expected {(*columns, kv_heads, tokens)}: one "
+            "scale and zero for the whole head"
+        )
+    if encoder.scaled != (stored.keys.scales is not None):
+        problems.append("the encoder gives scalars exactly where the keys store them")
+    if (encoder.levels is None) != (encoder.weight is None):
+        problems.append("the encoder's levels and weight come together")
+    if (encoder.transform is None) != (encoder.metric is None):
+        problems.append("the encoder's transform and metric come together")
+    if encoder.magnitude is not None and encoder.levels is not None:
+        problems.append("an encoder has a magnitude or levels, not both")
+    if not jnp.issubdtype(token.positions.dtype, jnp.integer):
+        problems.append(f"positions are {token.positions.dtype}, not integers")
+    if problems:
+        raise ValueError("append_token: " + "; ".join(problems))
