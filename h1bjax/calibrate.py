@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from h1bjax.cache import CacheSpec, CodecParameters, random_rotation
 from h1bjax.cache.dense import sketched_logits
-from h1bjax.cache.exact import exact_logits
 from h1bjax.cache.fitting.sample import KeySample
 from h1bjax.cache.fitting.temperature import fit_temperature
 from h1bjax.decoder import Decoder
 from h1bjax.rope import rope_frequencies
 from h1bjax.tokenizer import Tokenizer
+from pallas_kernels.exact_attention.reference import exact_logits
 from pallas_kernels.rotary import rotate
 
 KEYS = 32768

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
 from h1bjax.cache import CacheSpec, CodecParameters, KVCache, append_and_attend, dense_attention
+from h1bjax.cache.prepared import PreparedCodec
 from h1bjax.config import LlamaConfig
 from h1bjax.fused_attention import causal_attention
 from h1bjax.parameters import decoder_parameters
@@ -333,9 +334,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
         frequencies = self._frequencies()
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        encoder = None
-        if self.codec is not None and cache.spec.sketch is not None:
-            encoder = cache.spec.sketch.encoder(self.codec)
+        prepared = PreparedCodec.of(cache.spec, self.codec)
 
         def step(carry: tuple[Array, KVCache], layer: tuple) -> tuple[tuple[Array, KVCache], None]:
             x, cache = carry
@@ -355,7 +354,7 @@ class Decoder(nnx.Module):
                     frequencies,
                     exact_chunk=exact_prefill,
                     fresh=fresh,
-                    encoder=encoder,
+                    prepared=prepared,
                 )
 
             return self._layer(weights, codec, x, positions, attend), None

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from h1bjax.cache import KVCache, choose_prefill
+from h1bjax.compile import jit_decoding
 from h1bjax.decoder import Decoder
 from h1bjax.sampling import Sampling, row_keys, sample
 from h1bjax.stopping import StopStrings
@@ -182,7 +183,7 @@ def _logits(decoder: Decoder, hidden: Float[Array, "batch embed"]) -> Float[Arra
     return decoder.logits(hidden)
 
 
-@partial(jax.jit, donate_argnames="state")
+@jit_decoding(donate_argnames="state")
 def decode(decoder: Decoder, state: DecodeState, control: Control) -> DecodeState:
     """Takes steps until every row has stopped or the limit is reached. Donates `state`."""
 
@@ -192,7 +193,7 @@ def decode(decoder: Decoder, state: DecodeState, control: Control) -> DecodeStat
     return jax.lax.while_loop(unfinished, lambda state: _step(decoder, state, control), state)
 
 
-@partial(jax.jit, donate_argnames="state")
+@jit_decoding(donate_argnames="state")
 def decode_step(decoder: Decoder, state: DecodeState, control: Control) -> DecodeState:
     """One step of `decode`, for streaming. Donates `state`."""
     return _step(decoder, state, control)

@@ -1,5 +1,6 @@
 """Uniform codes between a minimum and a maximum, with a bf16 scale and zero."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int32
 
@@ -9,17 +10,24 @@ def quantise(
 ) -> tuple[Int32[Array, "*shape"], BFloat16[Array, "*shared"], BFloat16[Array, "*shared"]]:
     """Codes in `[0, 2ⁿ)`, and the scale and zero that numbers along `axis` share.
 
-    `zero = min x` and `scale = (max x - min x)/(2ⁿ - 1)`; codes are computed with both as they
-    are stored. The shape of scale and zero is that of `x` without `axis`.
+    `zero = min x` and `scale = (max x - min x)/(2ⁿ - 1)`; codes are the nearest, the upper of two,
+    with both as they are stored. Every backend computes the same ones, to the last bit.
     """
     x = x.astype(jnp.float32)
     top = 2**bits - 1
     lowest, highest = jnp.min(x, axis=axis), jnp.max(x, axis=axis)
-    zero = lowest.astype(jnp.bfloat16)
-    scale = ((highest - lowest) / top).astype(jnp.bfloat16)
-    step, shift = (jnp.expand_dims(s.astype(jnp.float32), axis) for s in (scale, zero))
-    level = jnp.where(step > 0, (x - shift) / jnp.where(step > 0, step, 1.0), 0.0)
-    return jnp.clip(jnp.round(level), 0, top).astype(jnp.int32), scale, zero
+    zero, scale = _as_bfloat16(lowest), _as_bfloat16((highest - lowest) * (1 / top))
+    step, shift = (jnp.expand_dims(s, axis) for s in (scale, zero))
+    distance = x - shift
+    # Quotients are rounded differently here and there; products with a bf16 scale are exact.
+    near = jnp.round(distance / jnp.where(step > 0, step, 1.0))
+    codes = near.astype(jnp.int32) + (distance >= (near + 0.5) * step)
+    codes = jnp.clip(codes - (distance < (near - 0.5) * step), 0, top)
+    return (
+        jnp.where(step > 0, codes, 0),
+        scale.astype(jnp.bfloat16),
+        zero.astype(jnp.bfloat16),
+    )
 
 
 def dequantise(
@@ -31,3 +39,8 @@ def dequantise(
     """`zero + scale·code`, in float32."""
     step, shift = (jnp.expand_dims(s.astype(jnp.float32), axis) for s in (scale, zero))
     return shift + step * codes
+
+
+def _as_bfloat16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Float32 rounded to bf16; XLA may leave out a conversion to bf16 and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_gpu
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy_lanes import NumpyLanes
 from toy import toy_config, toy_parameters
 
 from h1bjax.cache import CacheSpec, GaussianSigns, LinearCode, OrthogonalSigns, TwoPlanes
@@ -23,6 +23,8 @@ from pallas_kernels.append import (
     gpu_mosaic,
     reference,
 )
+from pallas_kernels.append.gpu_mosaic import block as gpu_block
+from pallas_kernels.append.gpu_mosaic import places, products, sketch, value
 from pallas_kernels.packing import unpack_rows, unpack_scalars, words_per_column
 from pallas_kernels.sketch_attention import PackedKeys, PackedValues
 
@@ -98,26 +100,31 @@ def inputs(
 def run_blocks(stored, layer, encoder, token):
     """The kernel's own code, run block by block on NumPy arrays."""
     batch, kv_heads, _ = token.keys.shape
-    read = gpu_mosaic.operands(layer, encoder, token)
-    written = {name: np.array(array) for name, array in gpu_mosaic.cache_arrays(stored).items()}
-    refs = {name: np.asarray(array) for name, array in read.items()} | written
-    threads = 128 * gpu_mosaic.WARPGROUPS
-    for head in range(kv_heads):
-        for group in range(-(-batch // gpu_mosaic.ROWS)):
-            scratch = {
-                name: np.full((gpu_mosaic.ROWS, width), np.nan, np.float32)
-                for name, width in gpu_mosaic.scratch_widths(encoder).items()
-            }
-            gpu_mosaic.append_block(
-                lanes := NumpyLanes(threads),
-                refs | scratch,
-                lanes.integer(head),
-                lanes.integer(group),
-                encoder=encoder,
-                value_bits=stored.values.bits,
-                sinks=0 if stored.window is None else stored.window.sinks,
-            )
-    return gpu_mosaic.with_arrays(stored, jax.tree.map(jnp.asarray, written))
+    written = gpu_mosaic.cache_arrays(stored)
+    arrays = gpu_mosaic.operands(layer, encoder, token) | written
+    block: Any = numpy_gpu.Block(32 * places.WARPS, places.Layout.of(encoder).nbytes)
+    located = {
+        name: places.GlobalArray(block.place(np.asarray(array)), array.shape, array.dtype)
+        for name, array in arrays.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (gpu_block, places, products, sketch, value):
+            patch.setattr(module, "ptx", block)
+            patch.setattr(module, "registers", block)
+        for head in range(kv_heads):
+            for group in range(-(-batch // places.ROWS)):
+                gpu_block.append_block(
+                    block.thread,
+                    block.I32(0),
+                    block.I32(head),
+                    block.I32(group),
+                    located,
+                    encoder,
+                    stored.values.bits,
+                    0 if stored.window is None else stored.window.sinks,
+                )
+    found = {name: block.read_back(located[name].address, written[name]) for name in written}
+    return gpu_mosaic.with_arrays(stored, jax.tree.map(jnp.asarray, found))
 
 
 def columns(stored, kv_heads, bits, head_dim):
@@ -141,10 +148,7 @@ def assert_same(found, expected, encoder, token):
     ours, theirs = (columns(x, kv_heads, encoder.bits, head_dim) for x in (found, expected))
     flipped = ours["signs"] != theirs["signs"]
     assert flipped.sum() <= 1 + flipped[..., 0].size * 1e-4
-    # Values halfway between two codes may go either way, but only to the next.
-    steps = np.abs(ours["codes"] - theirs["codes"])
-    assert steps.max() <= 1
-    assert steps.sum() <= 1 + 1e-3 * token.values.size
+    np.testing.assert_array_equal(found.values.words, expected.values.words)
     if encoder.scaled:
         same_signs = ~flipped.any(axis=2)
         np.testing.assert_allclose(
@@ -164,19 +168,20 @@ cases = st.fixed_dictionaries(
         "window": st.booleans(),
         "relative": st.booleans(),
         "dtype": st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
-        "positions": st.lists(st.sampled_from(POSITIONS), min_size=5, max_size=5),
+        "positions": st.lists(st.sampled_from(POSITIONS), min_size=9, max_size=9),
         "seed": st.integers(0, 100),
     }
 )
 
 
 @given(cases)
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_the_kernel_writes_what_the_reference_writes(case):
     codec = CODECS[case.pop("codec")]
     encoder, _ = encoder_of(codec, case.pop("head_dim"), seed=case["seed"])
     arguments = inputs(encoder, **case)
-    assert_same(run_blocks(*arguments), reference.append_token(*arguments), *arguments[2:])
+    expected = jax.jit(reference.append_token)(*arguments)
+    assert_same(run_blocks(*arguments), expected, *arguments[2:])
 
 
 @pytest.mark.parametrize("name", CODECS)

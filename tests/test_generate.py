@@ -404,7 +404,7 @@ def test_the_last_step_of_a_stream_can_be_continued(exact):
 
 def test_only_shapes_compile(exact):
     exact.generate(PROMPTS, max_new_tokens=NEW)
-    functions: list[Any] = [decode, generation._prefill_chunk, generation._logits]
+    functions: list[Any] = [decode.compiled, generation._prefill_chunk, generation._logits]
     before = [function._cache_size() for function in functions]
     changes: list[dict[str, Any]] = [
         {"temperature": 0.7},

@@ -13,6 +13,7 @@ from h1bjax.bench.case import Case, Measured
 from h1bjax.bench.contents import random_cache
 from h1bjax.bench.subject import Subject, device_memory
 from h1bjax.cache import KVCache
+from h1bjax.compile import jit_decoding
 from h1bjax.decoder import Decoder
 
 _USABLE = 0.995
@@ -55,7 +56,7 @@ def measure(case: Case) -> Measured:
     return subject.measured(case, cache, seconds[1:], tokens=batch, compile_seconds=compile_seconds)
 
 
-@partial(jax.jit, static_argnames="steps", donate_argnames=("tokens", "cache"))
+@jit_decoding(static_argnames="steps", donate_argnames=("tokens", "cache"))
 def decode_steps(
     decoder: Decoder, tokens: Int32[Array, "batch"], cache: KVCache, *, steps: int
 ) -> tuple[Int32[Array, "batch"], KVCache, Bool[Array, ""]]:

@@ -1,14 +1,16 @@
 """Attention of a chunk of new tokens to a cache and to themselves."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from h1bjax.cache.append import append, append_one, appends_in_one_step
 from h1bjax.cache.channel_keys import ChannelQuantisedKeys, channel_scores
-from h1bjax.cache.exact import exact_logits, exact_scores, exact_vectors
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.prefill import choose_prefill, fill_and_attend
+from h1bjax.cache.prepared import PreparedCodec
 from h1bjax.cache.scoring import sketch_query
 from h1bjax.cache.window import (
     as_window,
@@ -17,11 +19,13 @@ from h1bjax.cache.window import (
     window_positions,
     write_window,
 )
-from pallas_kernels.append import KeyEncoder
+from pallas_kernels.exact_attention import choose, exact_attention
+from pallas_kernels.exact_attention.reference import exact_logits, exact_scores, exact_vectors
 from pallas_kernels.sketch_attention import (
     PackedKeys,
     PackedValues,
     Partial,
+    PreparedTransform,
     merge,
     sketch_attention,
     softmax_partial,
@@ -42,7 +46,7 @@ def append_and_attend(
     *,
     exact_chunk: bool = False,
     fresh: bool = False,
-    encoder: KeyEncoder | None = None,
+    prepared: PreparedCodec | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], KVCache]:
     """One layer's attention: stores the chunk, then lets each query see all tokens up to its own.
 
@@ -62,7 +66,7 @@ def append_and_attend(
             only older tokens from the store.
         fresh: whether the caller knows that the cache holds no tokens at all. Where fused
             attention can run then it does, see `choose_prefill`; it has no gradient.
-        encoder: the key codec's, of all layers. Given that, a single token is stored in one step,
+        prepared: the key codec of all layers. Given that, a single token is stored in one step,
             which has no gradient.
     """
     if fresh:
@@ -86,8 +90,8 @@ def append_and_attend(
     # exactly. Writing before anything is read spares a copy of the window.
     single = query.shape[1] == 1 and not exact_chunk
     window_first = bool(cache.spec.window) and single
-    if encoder is not None and single and appends_in_one_step(cache.spec, cache.head_dim):
-        stored = append_one(cache, layer, keys, values, positions, encoder, frequencies)
+    if prepared is not None and single and appends_in_one_step(cache.spec, cache.head_dim):
+        stored = append_one(cache, layer, keys, values, positions, prepared.encoder, frequencies)
     else:
         if window_first:
             cache = write_window(cache, layer, keys, values, positions)
@@ -95,7 +99,8 @@ def append_and_attend(
     stop = positions - cache.spec.window + 1
     if exact_chunk:
         stop = jnp.minimum(stop, cache.lengths[:, None])
-    partial = _attend_stored(stored, layer, query, parameters, frequencies, stop)
+    transform = None if prepared is None else prepared.transform
+    partial = _attend_stored(stored, layer, query, parameters, frequencies, stop, transform)
     if window_first:
         partial = merge(partial, _attend_window(stored.advance(positions), layer, query, positions))
     elif cache.spec.window or exact_chunk:
@@ -114,6 +119,7 @@ def _attend_stored(
     parameters: CodecParameters | None,
     frequencies: Float[Array, "half_dim"],
     stop: Int32[Array, "batch tokens"],
+    transform: PreparedTransform | None,
 ) -> Partial:
     """Attention to the stored tokens `sinks <= n < stop`."""
     spec = cache.spec
@@ -124,6 +130,11 @@ def _attend_stored(
     if spec.values is not None:
         assert cache.value_words is not None and cache.value_affine is not None
         packed = PackedValues(cache.value_words, cache.value_affine, spec.values.bits)
+    if spec.exact:
+        assert cache.keys is not None and cache.values is not None
+        return exact_attention(
+            query, cache.keys, cache.values, layer, dtype=cache.dtype, start=0, stop=stop
+        )
     if spec.keys is None:
         assert cache.keys is not None
         scores = exact_scores(cache.keys, cache.dtype, layer, query)
@@ -134,6 +145,7 @@ def _attend_stored(
         return _attend_blocks(cache, layer, query, scores, packed, stop)
     assert parameters is not None and cache.key_words is not None
     scoring, shift = sketch_query(spec, spec.keys, parameters, query, frequencies)
+    scoring = replace(scoring, prepared=transform)
     keys = PackedKeys(cache.key_words, cache.key_scales)
     # The kernel takes values with one scale and zero for the whole head.
     if packed is not None and packed.affine.shape[2] == cache.kv_heads:
@@ -175,7 +187,22 @@ def _attend_window(
     query: Float[Array, "batch tokens heads head_dim"],
     positions: Int32[Array, "batch tokens"],
 ) -> Partial:
-    """Attention to what the window holds."""
+    """Attention to what the window holds, of which a query sees all or nothing of a token."""
+    assert cache.window_keys is not None and cache.window_values is not None
+    slots = cache.window_keys.shape[2]
+    if query.shape[1] == 1 and choose(query, cache.window_keys, jnp.bfloat16).implementation != (
+        "xla"
+    ):
+        # The window holds just what its latest token sees; slots are filled in order.
+        return exact_attention(
+            query,
+            cache.window_keys,
+            cache.window_values,
+            layer,
+            dtype=jnp.bfloat16,
+            start=0,
+            stop=jnp.minimum(positions + 1, slots),
+        )
     held = window_positions(cache)
     visible = _causal(positions, held) & is_exact(cache, positions, held)
     return _attend_vectors(query, *read_window(cache, layer), visible)

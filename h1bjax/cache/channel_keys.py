@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from h1bjax.cache.exact import exact_logits
 from pallas_kernels.affine import dequantise, quantise
+from pallas_kernels.exact_attention.reference import exact_logits
 from pallas_kernels.packing import (
     TOKEN_BLOCK,
     pack_scalar_pair,

@@ -10,10 +10,10 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from h1bjax.cache.channel_keys import ChannelQuantisedKeys
-from h1bjax.cache.exact import exact_logits
 from h1bjax.cache.keys import CodecParameters, KeyCodec
 from h1bjax.cache.scoring import encode_keys, half_variance, sign_features, squared_code_norm
 from h1bjax.cache.spec import CacheSpec
+from pallas_kernels.exact_attention.reference import exact_logits
 from pallas_kernels.rotary import rotate
 from pallas_kernels.sketch_attention import softmax_partial
 from pallas_kernels.sketch_attention.blocks import heads_last

@@ -25,6 +25,7 @@ from h1bjax.cache.fitting.transform_coding import DEEPEST, fit_linear_code
 from pallas_kernels.append import KeyEncoder, encode_keys
 
 _WORD_BITS = 32
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 class EncodedKeys(NamedTuple):
@@ -371,8 +372,10 @@ class LinearCode(KeyCodec):
         )
         if parameters.metric is None:
             return quantiser
-        transform = self.query_transform(parameters)
-        return replace(quantiser, transform=transform, metric=parameters.metric[...])
+        metric, transform = parameters.metric[...], self.query_transform(parameters)
+        seen = jnp.einsum("...ed,...db->...eb", metric, transform, precision=_EXACT)
+        reading = jnp.einsum("...eb,...ed->...bd", seen, metric, precision=_EXACT)
+        return replace(quantiser, reading=reading, metric=metric)
 
     def query_transform(
         self, parameters: CodecParameters

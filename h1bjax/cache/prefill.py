@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from h1bjax.cache.channel_keys import ChannelQuantisedKeys, EncodedKeyGroups
-from h1bjax.cache.exact import exact_logits
 from h1bjax.cache.fill import EncodedChunk, encode_chunk, fill
 from h1bjax.cache.keys import CodecParameters, EncodedKeys, KeyCodec
 from h1bjax.cache.kv_cache import KVCache
@@ -28,6 +27,7 @@ from h1bjax.fused_attention import (
     causal_partial,
     choose_implementation,
 )
+from pallas_kernels.exact_attention.reference import exact_logits
 from pallas_kernels.rotary import rotate
 from pallas_kernels.sketch_attention import Partial, SketchQuery, merge, softmax_partial
 from pallas_kernels.sketch_attention.blocks import heads_last

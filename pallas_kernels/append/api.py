@@ -85,7 +85,7 @@ def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:
         "encoder.mean": (encoder.mean, (*per_head, head_dim)),
         "encoder.levels": (encoder.levels, (*per_head, bits)),
         "encoder.weight": (encoder.weight, (*per_head, bits)),
-        "encoder.transform": (encoder.transform, (*per_head, head_dim, bits)),
+        "encoder.reading": (encoder.reading, (*per_head, bits, head_dim)),
         "encoder.metric": (encoder.metric, (*per_head, head_dim, head_dim)),
     }
     if stored.window is not None:
@@ -111,8 +111,8 @@ def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:
         problems.append("the encoder gives scalars exactly where the keys store them")
     if (encoder.levels is None) != (encoder.weight is None):
         problems.append("the encoder's levels and weight come together")
-    if (encoder.transform is None) != (encoder.metric is None):
-        problems.append("the encoder's transform and metric come together")
+    if (encoder.reading is None) != (encoder.metric is None):
+        problems.append("the encoder's reading and metric come together")
     if encoder.magnitude is not None and encoder.levels is not None:
         problems.append("an encoder has a magnitude or levels, not both")
     if not jnp.issubdtype(token.positions.dtype, jnp.integer):

@@ -24,15 +24,16 @@ class KeyEncoder:
     With `scaled`, the scalar is `s = ‖y‖²/(y·ŷ)`, 0 where that is negative and at most `longest`:
     y is the centred key and ŷ what its code c decodes to, in directions where that is short of a
     factor, both in a metric. Without `metric`, `y·ŷ = u·code`, as for an orthogonal projection;
-    with it, `y = metric (k - mean)` and `ŷ = metric · transform · c`.
+    with it, `y = metric (k - mean)` and `y·ŷ = c·reading (k - mean)`.
 
     Attributes:
         projection: float32.
         mean: float32, the key that sketches are relative to.
         levels: float32; given with `weight`.
         weight: float32.
-        transform: float32, the decoder of the signs; given with `metric`.
-        metric: float32, symmetric.
+        reading: float32, what each sign adds to `y·ŷ`; given with `metric`. If A decodes the
+            signs, `ŷ = metric · A c`, it is `Aᵀ · metricᵀ · metric`.
+        metric: float32.
         scaled: whether there is a scalar. Static.
         magnitude: see above. Static.
         longest: see above. Static.
@@ -42,7 +43,7 @@ class KeyEncoder:
     mean: Float[Array, "*layers kv_heads head_dim"]
     levels: Float[Array, "*layers kv_heads bits"] | None = None
     weight: Float[Array, "*layers kv_heads bits"] | None = None
-    transform: Float[Array, "*layers kv_heads head_dim bits"] | None = None
+    reading: Float[Array, "*layers kv_heads bits head_dim"] | None = None
     metric: Float[Array, "*layers kv_heads head_dim head_dim"] | None = None
     scaled: bool = field(default=True, metadata={"static": True})
     magnitude: float | None = field(default=None, metadata={"static": True})

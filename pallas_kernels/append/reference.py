@@ -102,13 +102,12 @@ def encode_keys(encoder: KeyEncoder, keys: Float[Array, "*tokens kv_heads head_d
         energy = jnp.sum(jnp.square(centred), axis=-1)
         along = jnp.sum(code_length * jnp.abs(u), axis=-1)
     else:
-        signs = jnp.where(bits, 1.0, -1.0)
-        decoded = jnp.einsum("...kc,kdc->...kd", signs, encoder.transform, precision=_EXACT)
         true, read = (
-            jnp.einsum("...kd,kde->...ke", x, encoder.metric, precision=_EXACT)
-            for x in (centred, decoded)
+            jnp.einsum("...kd,ked->...ke", centred, matrix, precision=_EXACT)
+            for matrix in (encoder.metric, encoder.reading)
         )
-        energy, along = jnp.sum(jnp.square(true), axis=-1), jnp.sum(true * read, axis=-1)
+        energy = jnp.sum(jnp.square(true), axis=-1)
+        along = jnp.sum(jnp.where(bits, read, -read), axis=-1)
     scale = jnp.where(along > 0, energy / jnp.where(along > 0, along, 1.0), 0.0)
     return Sketch(bits, jnp.minimum(scale, encoder.longest).astype(jnp.bfloat16))
 

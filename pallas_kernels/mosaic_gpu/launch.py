@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.registers import I32, I64

@@ -8,7 +8,7 @@ are written low half first.
 from collections.abc import Sequence
 from inspect import signature
 from struct import pack
-from typing import Literal
+from typing import Literal, TypeVar
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Register
 
 Space = Literal["global", "shared"]
 
+_Value = TypeVar("_Value", I32, F32)
 _LETTERS = {I32: "r", F32: "f", I64: "l"}
 # What threads of a warp do together must not move into a branch that only some of them take.
 # Bindings that cannot say so keep such instructions in place as side effects.
@@ -55,6 +56,21 @@ def store(address: I64 | I32, *values: Register, offset: int = 0) -> None:
     _assemble(
         f"st.{space}{vector}.b32 [$0{offset:+d}], {listed};", [address, *values], [], memory=True
     )
+
+
+def load_half(address: I64, offset: int = 0) -> I32:
+    """16 bits of global memory, in the low half; the address is aligned to them."""
+    return _assemble(f"ld.global.u16 $0, [$1{offset:+d}];", [address], [I32], memory=True)[0]
+
+
+def store_half(address: I64, value: I32, *, offset: int = 0) -> None:
+    """Writes the low half of a word to global memory, as `load_half` reads it."""
+    _assemble(f"st.global.u16 [$0{offset:+d}], $1;", [address, value], [], memory=True)
+
+
+def prefetch(address: I64, offset: int = 0) -> None:
+    """Begins to bring 128 bytes of global memory, aligned to as many, into the L2 cache."""
+    _assemble(f"prefetch.global.L2 [$0{offset:+d}];", [address], [], memory=True)
 
 
 def copy_async(target: I32, source: I64, offset: int = 0) -> None:
@@ -113,6 +129,31 @@ def reciprocal(x: F32) -> F32:
     return _float("rcp.rn.f32 $0, $1;", x)
 
 
+def divide(a: F32, b: F32) -> F32:
+    """`a/b`, rounded to nearest."""
+    return _float("div.rn.f32 $0, $1, $2;", a, b)
+
+
+def square_root(x: F32) -> F32:
+    """`√x`, rounded to nearest."""
+    return _float("sqrt.rn.f32 $0, $1;", x)
+
+
+def absolute(x: F32) -> F32:
+    """`|x|`."""
+    return _float("abs.f32 $0, $1;", x)
+
+
+def floor(x: F32) -> F32:
+    """The next lower whole number."""
+    return _float("cvt.rmi.f32.f32 $0, $1;", x)
+
+
+def nearest(x: F32) -> F32:
+    """The nearest whole number, the even one of two."""
+    return _float("cvt.rni.f32.f32 $0, $1;", x)
+
+
 def sine(x: F32) -> F32:
     """`sin x` for x in [-π, π], with an absolute error of 2⁻²⁰."""
     return _float("sin.approx.f32 $0, $1;", x)
@@ -154,14 +195,30 @@ def pack_halves(low: F32, high: F32) -> I32:
     return _integer("cvt.rn.f16x2.f32 $0, $2, $1;", low, high)
 
 
-def shuffle_xor(value: Register, mask: int) -> Register:
+def pack_bfloats(low: F32, high: F32) -> I32:
+    """Two numbers rounded to bfloat16."""
+    return _integer("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high)
+
+
+def to_bfloat16(x: F32) -> I32:
+    """The bits of the nearest bfloat16, in the low half."""
+    return _integer("{ .reg .b16 h; cvt.rn.bf16.f32 h, $1; cvt.u32.u16 $0, h; }", x)
+
+
+def from_float16(bits: I32) -> F32:
+    """The float16 whose bits are the low half."""
+    text = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h; }"
+    return _assemble(text, [bits], [F32])[0]
+
+
+def shuffle_xor(value: _Value, mask: int) -> _Value:
     """The value of the lane whose number differs in these bits."""
     return _assemble(
         f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xffffffff;", [value], [type(value)], together=True
     )[0]
 
 
-def shuffle(value: Register, lane: I32) -> Register:
+def shuffle(value: _Value, lane: I32) -> _Value:
     """The value of another lane of the warp."""
     return _assemble(
         "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
@@ -178,6 +235,12 @@ def any_greater(x: F32, limit: float) -> I32:
         "selp.u32 $0, 1, 0, q; }"
     )
     return _assemble(text, [x, F32.constant(limit)], [I32], together=True)[0]
+
+
+def ballot(bit: I32) -> I32:
+    """Bit i is 1 where lane i of the warp has anything but 0."""
+    text = "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
+    return _assemble(text, [bit], [I32], together=True)[0]
 
 
 def transpose_halves(fragment: I32) -> I32:
@@ -199,6 +262,56 @@ def multiply_halves(a: Sequence[I32], b: Sequence[I32], c: Sequence[F32]) -> lis
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, "
         "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
         [*a, *b, *c],
+        [F32] * 4,
+        together=True,
+    )
+
+
+def multiply_bfloats(a: Sequence[I32], b: Sequence[I32], c: Sequence[F32]) -> list[F32]:
+    """`multiply_halves` of matrices of bfloat16."""
+    return _assemble(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
+        "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        [*a, *b, *c],
+        [F32] * 4,
+        together=True,
+    )
+
+
+def load_matrices(address: I32, offset: int = 0, *, transposed: bool = False) -> list[I32]:
+    """Four 8 × 8 matrices of 16-bit numbers from shared memory.
+
+    Args:
+        address: of eight numbers, aligned to 16 bytes; lane 8·i + j says where row j of matrix i
+            lies.
+        offset: added to all addresses, in bytes.
+        transposed: whether columns of a matrix in memory become rows.
+
+    Returns:
+        For each matrix, row r at columns 2c and 2c + 1.
+    """
+    kind = ".trans" if transposed else ""
+    return _assemble(
+        f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0, $1, $2, $3}}, [$4{offset:+d}];",
+        [address],
+        [I32] * 4,
+        memory=True,
+        together=True,
+    )
+
+
+def multiply_singles(a: Sequence[F32], b: Sequence[F32], c: Sequence[F32]) -> list[F32]:
+    """`a·b + c` of a 16 × 8 and an 8 × 8 matrix, of which only 11 significant bits count.
+
+    Args:
+        a: rows r and r + 8 at column c, then at column c + 4.
+        b: rows c and c + 4 of column r.
+        c: row r at columns 2c and 2c + 1, then row r + 8.
+    """
+    return _assemble(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, "
+        "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        [*(x.as_bits() for x in (*a, *b)), *c],
         [F32] * 4,
         together=True,
     )

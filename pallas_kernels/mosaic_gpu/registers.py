@@ -148,6 +148,14 @@ class F32:
         """Whether this is greater; False for NaN."""
         return Bool(arith.cmpf(arith.CmpFPredicate.OGT, self.value, _float(other).value))
 
+    def at_least(self, other: "F32 | float") -> Bool:
+        """Whether this is greater or the same; False for NaN."""
+        return Bool(arith.cmpf(arith.CmpFPredicate.OGE, self.value, _float(other).value))
+
+    def to_integer(self) -> I32:
+        """This number without its fraction, as a signed integer."""
+        return I32(arith.fptosi(_i32(), self.value))
+
     def as_bits(self) -> I32:
         """The bits of this number."""
         return I32(llvm.bitcast(_i32(), self.value))
@@ -192,9 +200,7 @@ def branch(
 
     Threads of a warp may take different ways only if `then` does not let them exchange anything.
     """
-    operation = scf.IfOp(
-        condition.value, [item.value.type for item in values], has_else=True
-    )
+    operation = scf.IfOp(condition.value, [item.value.type for item in values], has_else=True)
     with ir.InsertionPoint(operation.then_block):
         scf.yield_([item.value for item in then(list(values))])
     with ir.InsertionPoint(operation.else_block):

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels.choice import Implementation
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
-from pallas_kernels.sketch_attention.choice import Implementation, choose, implementation_named
+from pallas_kernels.sketch_attention.choice import choose, implementation_named
 from pallas_kernels.sketch_attention.partial import Partial
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import jax
-from jaxtyping import Array, Float, Int32, UInt16
+from jaxtyping import Array, Float, Float32, Int32, UInt16
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +57,21 @@ class BlockRope:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class PreparedTransform:
+    """Transforms of all layers in the order in which the lanes of a GPU read them.
+
+    Attributes:
+        fragments: pairs of float16; the last axis is what one lane reads at once, and `reads` is
+            a quarter of the words of a sketch, rounded up.
+        norm: what the fragments must be multiplied by.
+    """
+
+    fragments: Int32[Array, "layers kv_heads reads 8 slices 32 4"]
+    norm: Float32[Array, "layers kv_heads"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SketchQuery:
     """Queries, and how they score a sketch of signs `c ∈ {±1}^bits` with scalar `s`.
 
@@ -71,6 +86,8 @@ class SketchQuery:
         scale: factor of each query head.
         variance: half the variance of the logit per squared code norm; None for raw scores.
         rope: the finite RoPE period; None when keys were sketched with their full RoPE.
+        prepared: what `prepare_transform` made of the transforms of all layers; None leaves that
+            to every call.
         signed: whether the query is reduced to signs too. Static.
         planes: 1 where a component is one sign, `‖code‖² = bits`; 2 where bits `i` and
             `i + bits/2` form the code `2a + a'`. Static; used by the variance term only.
@@ -81,5 +98,6 @@ class SketchQuery:
     scale: Float[Array, "heads"]
     variance: Float[Array, "batch queries heads"] | None = None
     rope: BlockRope | None = None
+    prepared: PreparedTransform | None = None
     signed: bool = field(default=False, metadata={"static": True})
     planes: int = field(default=1, metadata={"static": True})

@@ -1,28 +1,20 @@
 """Which implementation of sketch attention runs, and why."""
 
-import logging
-from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, NamedTuple
 
+from jaxtyping import Array, Float
+
+from pallas_kernels.choice import AMPERE, HOPPER, Choice, Implementation, log_once
 from pallas_kernels.device import cuda_capability
-from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
-
-Implementation = Literal["xla", "mosaic_gpu", "triton"]
+from pallas_kernels.sketch_attention.arguments import (
+    PackedKeys,
+    PackedValues,
+    PreparedTransform,
+    SketchQuery,
+)
 
 _MODULES = {"xla": "reference", "mosaic_gpu": "gpu_mosaic", "triton": "gpu_triton"}
-_HOPPER = (9, 0)
-_AMPERE = (8, 0)
-
-_log = logging.getLogger(__name__)
-
-
-class Choice(NamedTuple):
-    """An implementation of `sketch_attention`, and why it was chosen."""
-
-    implementation: Implementation
-    reason: str
 
 
 def choose(
@@ -59,7 +51,7 @@ def choose(
         if refusal is not None:
             raise ValueError(f"sketch_attention cannot run as {implementation!r}: {refusal}")
         choice = Choice(implementation, "the caller asked for it")
-    _log_once(choice)
+    log_once("sketch attention", choice)
     return choice
 
 
@@ -75,9 +67,9 @@ def _fastest(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> Choi
     capability = cuda_capability()
     if capability is None:
         return Choice("xla", "the default device is no NVIDIA GPU")
-    if capability < _AMPERE:
+    if capability < AMPERE:
         return Choice("xla", f"compute capability {capability[0]}.{capability[1]} is below 8.0")
-    wanted: Implementation = "mosaic_gpu" if capability >= _HOPPER else "triton"
+    wanted: Implementation = "mosaic_gpu" if capability >= HOPPER else "triton"
     try:
         refusal = implementation_named(wanted).refusal(query, keys, values)
     except ImportError as error:
@@ -87,6 +79,20 @@ def _fastest(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> Choi
     return Choice(wanted, f"compute capability {capability[0]}.{capability[1]}")
 
 
-@cache
-def _log_once(choice: Choice) -> None:
-    _log.info("sketch attention runs as %s: %s", choice.implementation, choice.reason)
+def prepare_transform(
+    transform: Float[Array, "layers kv_heads head_dim bits"],
+) -> PreparedTransform | None:
+    """What does not depend on queries, prepared once instead of for every token.
+
+    Args:
+        transform: `SketchQuery.transform` of all layers.
+
+    Returns:
+        What `SketchQuery.prepared` takes; None where the default device has no use for it.
+    """
+    capability = cuda_capability()
+    if capability is None or capability < HOPPER:
+        return None
+    from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
+
+    return prepare_transform(transform)

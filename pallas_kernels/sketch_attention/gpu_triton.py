@@ -44,22 +44,25 @@ class Tiles(NamedTuple):
 
 TILES = MappingProxyType(
     {
-        (False, 4): Tiles(128, 2, 12),
-        (False, 8): Tiles(64, 3, 12),
-        (False, 16): Tiles(64, 3, 10),
-        (True, 4): Tiles(64, 3, 16),
-        (True, 8): Tiles(64, 3, 16),
-        (True, 16): Tiles(64, 3, 12),
+        (False, 8, False): Tiles(64, 3, 12),
+        (False, 8, True): Tiles(64, 3, 8),
+        (False, 16, False): Tiles(64, 3, 8),
+        (False, 16, True): Tiles(32, 3, 8),
+        (True, 8, False): Tiles(64, 3, 12),
+        (True, 8, True): Tiles(64, 3, 8),
+        (True, 16, False): Tiles(64, 3, 8),
+        (True, 16, True): Tiles(32, 3, 8),
     }
 )
-"""By whether the query is signed, and query heads per KV head (others take the next entry up)."""
+"""By whether the query is signed, query heads per KV head (up to so many), and whether values take
+many registers: those of more than 128 channels, or whose words are spread twice."""
 
 MIN_TILES_PER_SPLIT = 2
 """With fewer, starting a program and combining its result cost more than they bring."""
 
 _A100_MULTIPROCESSORS = 108
 _COMBINED_CHANNELS = 32
-_COMBINED_SPLITS = 64
+_COMBINED_SPLITS = 256
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def plan(
     kv_heads, _, bits = query.transform.shape
     capacity = keys.words.shape[-1]
     cells, groups = batch * kv_heads, heads // kv_heads
-    tiles = TILES[query.signed, max(4, _power_of_two(groups))]
+    large = head_dim > 128 or values.bits < 4
+    tiles = TILES[query.signed, 8 if groups <= 8 else 16, large]
     blocks = 1
     if query.rope is not None:
         tiles = tiles._replace(tokens=min(tiles.tokens, query.rope.period))
@@ -181,7 +185,8 @@ def plan(
     splits = max(1, min(wanted, capacity // (tiles.tokens * MIN_TILES_PER_SPLIT)))
     common = {"GROUPS": groups, "DIM": head_dim}
 
-    rows = _power_of_two(groups) if query.rope is None else 32
+    rows = batch * blocks * groups
+    rows_at_once = 16 if query.rope is None else 32
     encode = Launch(
         "encode_queries",
         (
@@ -190,18 +195,19 @@ def plan(
             else _array((cells, blocks * groups, bits), jnp.float16),
             _array((cells, blocks * groups, 3), jnp.float32),
         ),
-        grid=(-(-blocks * groups // rows), cells),
-        warps=4,
-        stages=3,
+        grid=(-(-rows // rows_at_once), kv_heads),
+        warps=8,
+        stages=4 if bits <= 128 else 3,
         constants=common
         | {
+            "BATCH": batch,
             "KV_HEADS": kv_heads,
             "BLOCKS": blocks,
             "BITS": bits,
             "ROPE": query.rope is not None,
             "SIGNED": query.signed,
             "PRECISION": _precision(query),
-            "ROWS": rows,
+            "ROWS": rows_at_once,
             "COLUMNS": _power_of_two(bits),
             "DEPTH": 16,
         },
@@ -273,11 +279,9 @@ def _turns(
 
 def _precision(query: SketchQuery) -> str:
     """How precisely queries are read by the transform."""
-    if query.rope is None:
-        return "ieee"
-    # Many readings take tensor cores. tf32 has the mantissa of the float16s that they become, but
-    # signs of readings near zero need more.
-    return "tf32x3" if query.signed else "tf32"
+    # tf32 has the mantissa of the float16s that readings become, and a finite RoPE period has many
+    # to take. Signs of readings near zero need more.
+    return "tf32x3" if query.signed or query.rope is None else "tf32"
 
 
 def _call(launch: Launch, *arguments: Array) -> tuple[Array, ...]:

@@ -32,6 +32,7 @@ def encode_queries(
     mean,
     coefficients,
     lines,
+    BATCH: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -46,23 +47,23 @@ def encode_queries(
 ):
     """Turns queries back to the start of each RoPE block and reads them by the transform.
 
-    Program (i, cell) encodes rows `i·ROWS …` of the cell (batch, KV head); a row is a query head
-    of one block, and there are BLOCKS·GROUPS of them. The sketch's bits fill COLUMNS, a power of
-    two; channels are read DEPTH of each half at a time.
+    Program (i, KV head) encodes rows `i·ROWS …` of that KV head; a row is a query head of one
+    block of one batch row, and there are BATCH·BLOCKS·GROUPS of them. The sketch's bits fill
+    COLUMNS, a power of two; channels are read DEPTH of each half at a time.
 
     Reads `vectors` [batch, heads, DIM], `transform` [KV_HEADS, DIM, BITS] and `scale` [heads]; with
     ROPE also `cos` and `sin` [BLOCKS, DIM/2] of the angles by which a block's queries are turned,
     and `mean` [KV_HEADS, DIM], already divided by √DIM. Writes `coefficients` [cells, rows, BITS]
     float16, bit plane `p` multiplied by 2⁻ᵖ, or where SIGNED [cells, rows, BITS/32] sign words; and
-    `lines` [cells, rows, 3]: gain, offset and bias.
+    `lines` [cells, rows, 3]: gain, offset and bias. A cell is a (batch, KV head).
     """
     WORDS: tl.constexpr = BITS // 32
     HALF_DIM: tl.constexpr = DIM // 2
-    cell = tl.program_id(1)
-    kv_head = cell % KV_HEADS
+    kv_head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < BLOCKS * GROUPS
-    group, block = row % GROUPS, row // GROUPS
+    real = row < BATCH * BLOCKS * GROUPS
+    group, block = row % GROUPS, row // GROUPS % BLOCKS
+    cell = row // (GROUPS * BLOCKS) * KV_HEADS + kv_head
     column = tl.arange(0, COLUMNS)
     if SIGNED:  # In the order of bits inside words.
         bit = column % 32
@@ -73,6 +74,7 @@ def encode_queries(
 
     vector = vectors + (cell * GROUPS + group)[:, None] * DIM
     matrix = transform + kv_head * (DIM * BITS) + field[None, :]
+    gain = tl.load(scale + kv_head * GROUPS + group) * _LOG2_E
     read = tl.zeros([ROWS, COLUMNS], tl.float32)
     bias = tl.zeros([ROWS], tl.float32)
     for begin in range(0, HALF_DIM, DEPTH):
@@ -96,8 +98,7 @@ def encode_queries(
         read = tl.dot(first, upper, read, input_precision=PRECISION)
         read = tl.dot(second, lower, read, input_precision=PRECISION)
 
-    gain = tl.load(scale + kv_head * GROUPS + group) * _LOG2_E
-    place = cell * (BLOCKS * GROUPS) + row
+    place = (cell * BLOCKS + block) * GROUPS + group
     if SIGNED:
         words = tl.reshape((read >= 0).to(tl.int32) << bit[None, :], [ROWS, COLUMNS // 32, 32])
         word = tl.arange(0, COLUMNS // 32)
@@ -158,15 +159,16 @@ def attend(
 ):
     """Attention of the query heads of one cell (batch, KV head) to one split of its tokens.
 
-    Program (split, cell) takes the split's even share of the tiles that its row sees: those with
-    tokens from START to `stop` [BATCH], TILE tokens each. Heads, the bytes of a sketch and the rows
-    of value words fill COLUMNS, KEY_BYTES and VALUE_ROWS, powers of two.
+    The tiles that a row sees, of TILE tokens from START to `stop` [BATCH], are dealt to its splits
+    in turn, so that what is read at the same time is near in memory; program (split, cell) takes
+    one split's. Heads, the bytes of a sketch and the rows of value words fill COLUMNS, KEY_BYTES
+    and VALUE_ROWS, powers of two.
 
     Reads the packed keys and values of one `layer`, the scalars of keys where SCALED; what
     `encode_queries` wrote, for each RoPE block where PERIOD is not 0; and `variance` [BATCH, heads]
     where CODE_PLANES is not 0. Writes `statistics` [cells, splits, GROUPS, 2], the softmax's
     reference (a logit times log₂e) and its sum, and `outputs` [cells, splits, GROUPS, DIM], not
-    normalised, channels in the order of `_position`.
+    normalised, channels in the order of `_channel`.
     """
     WORDS: tl.constexpr = BITS // 32
     HAS_HIGH_BITS: tl.constexpr = VALUE_BITS == 3
@@ -184,16 +186,19 @@ def attend(
     affines = value_affine + stored * CAPACITY
 
     end = tl.minimum(tl.load(stop + cell // KV_HEADS), CAPACITY)
-    FIRST: tl.constexpr = START // TILE
-    tiles = tl.maximum(tl.cdiv(end, TILE) - FIRST, 0)
-    begin_tile = FIRST + tiles * split // splits
-    end_tile = FIRST + tiles * (split + 1) // splits
+    seen = tl.maximum(end - START, 0).to(tl.uint32)
+    end_tile = tl.where(seen == 0, 0, tl.cdiv(end, TILE))
 
     group = tl.arange(0, COLUMNS)
     real = group < GROUPS
     byte = tl.arange(0, KEY_BYTES)
     row = tl.arange(0, VALUE_ROWS)
     spread_row = (row < SPREAD)[:, None]
+    # Addresses are where a tile begins and offsets that all tiles share: less work than a sum each.
+    # Byte b of word r holds, in bit p, field 4·WORDS·p + 4·r + b.
+    step = tl.arange(0, TILE)
+    key_offset = (byte // 4 * (4 * CAPACITY) + byte % 4)[None, :] + 4 * step[:, None]
+    value_offset = row[:, None] * CAPACITY + step[None, :]
     if CODE_PLANES != 0:
         spread = tl.load(variance + cell * GROUPS + group, mask=real, other=0.0) * _LOG2_E
     BLOCKS: tl.constexpr = CAPACITY // PERIOD if PERIOD else 1
@@ -211,9 +216,10 @@ def attend(
     for _ in tl.static_range(8 * SETS):
         sums += (tl.zeros([VALUE_ROWS, COLUMNS], tl.float32),)
 
-    for tile in range(begin_tile, end_tile):
-        token = tile * TILE + tl.arange(0, TILE)
-        visible = (token >= START) & (token < end)
+    for tile in range(START // TILE + split, end_tile, splits):
+        begin = tile.to(tl.int64) * TILE
+        token = tile * TILE + step
+        visible = (token - START).to(tl.uint32, bitcast=True) < seen  # Less than 0 is far above.
         if PERIOD != 0:
             place = cell * (BLOCKS * GROUPS) + (tile * TILE // PERIOD) * GROUPS + group
             gain, offset, bias = _line(lines, place, real)
@@ -229,12 +235,11 @@ def attend(
                 differing += _popcount(word[:, None] ^ signs[None, :])
             logits = (BITS - 2 * differing).to(tl.float32) * gain[None, :]
         else:
-            # Byte b of word r holds, in bit p, field 4·WORDS·p + 4·r + b.
-            address = 4 * ((byte // 4)[None, :] * CAPACITY + token[:, None]) + (byte % 4)[None, :]
+            address = key_bytes + 4 * begin + key_offset
             if KEY_BYTES == 4 * WORDS:
-                packed = tl.load(key_bytes + address)
+                packed = tl.load(address)
             else:
-                packed = tl.load(key_bytes + address, mask=(byte < 4 * WORDS)[None, :], other=0)
+                packed = tl.load(address, mask=(byte < 4 * WORDS)[None, :], other=0)
             matched = tl.zeros([TILE, COLUMNS], tl.float32)
             for p in tl.static_range(8):
                 matched = tl.dot(_bit(packed, p), query[p], matched)
@@ -275,11 +280,11 @@ def attend(
         shrink *= change
         peak = new_peak
 
-        address = row[:, None] * CAPACITY + token[None, :]
+        address = values + begin + value_offset
         if VALUE_ROWS == SPREAD:
-            words = tl.load(values + address)
+            words = tl.load(address)
         else:
-            words = tl.load(values + address, mask=spread_row, other=0)
+            words = tl.load(address, mask=spread_row, other=0)
         high = words
         if HAS_HIGH_BITS:
             # Word r's high bits lie in word r % (SPREAD/2), r // (SPREAD/2) bits up.
@@ -319,25 +324,25 @@ def combine(
 ):
     """Merges the splits of one head by their log-sum-exps, for some of its channels.
 
-    Program (head of a row, i) writes channels `i·CHANNELS …` of `output` [heads, DIM], and for
-    i = 0 `lse` [heads]; 0 and -inf where no split saw a token. Reads CHUNK of the SPLITS at once.
+    Program (head of a row, i) reads positions `i·CHANNELS …` of `outputs`, writes the channels that
+    `attend` left there to `output` [heads, DIM], and for i = 0 `lse` [heads]; 0 and -inf where no
+    split saw a token. Reads CHUNK of the SPLITS at once.
     """
     head = tl.program_id(0)
     cell, group = head // GROUPS, head % GROUPS
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    position = _position(channel, DIM, VALUE_BITS)
+    position = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     reference = tl.full([], _LOWEST, tl.float32)
     total = tl.zeros([], tl.float32)
     merged = tl.zeros([CHANNELS], tl.float32)
-    for begin in range(0, SPLITS, CHUNK):
+    for begin in tl.static_range(0, SPLITS, CHUNK):
         split = begin + tl.arange(0, CHUNK)
         present = split < SPLITS
         place = (cell * SPLITS + split) * GROUPS + group
-        own = tl.load(statistics + place * 2, mask=present, other=_LOWEST)
-        part = tl.load(statistics + place * 2 + 1, mask=present, other=0.0)
         values = tl.load(
             outputs + place[:, None] * DIM + position[None, :], mask=present[:, None], other=0.0
         )
+        own = tl.load(statistics + place * 2, mask=present, other=_LOWEST)
+        part = tl.load(statistics + place * 2 + 1, mask=present, other=0.0)
         highest = tl.maximum(reference, tl.max(own, 0))
         weight = tl.exp2(own - highest)
         shrink = tl.exp2(reference - highest)
@@ -345,6 +350,7 @@ def combine(
         merged = merged * shrink + tl.sum(weight[:, None] * values, 0)
         reference = highest
     empty = total == 0.0
+    channel = _channel(position, DIM, VALUE_BITS)
     tl.store(output + head * DIM + channel, merged / tl.where(empty, 1.0, total))
     if tl.program_id(1) == 0:
         logarithm = (reference + tl.log2(tl.where(empty, 1.0, total))) * _LN_2
@@ -401,14 +407,14 @@ def _nibbles(words, high, VALUE_BITS: tl.constexpr, s: tl.constexpr):
 
 
 @triton.jit
-def _position(channel, DIM: tl.constexpr, VALUE_BITS: tl.constexpr):
-    """Where `attend` leaves a channel: behind all rows of earlier nibbles."""
+def _channel(position, DIM: tl.constexpr, VALUE_BITS: tl.constexpr):
+    """Which channel `attend` leaves at a position: behind all rows of earlier nibbles."""
     SETS: tl.constexpr = 1 if VALUE_BITS == 4 else 2
     ROWS: tl.constexpr = DIM // (8 * SETS)
     # Channel 4·ROWS·field + 4·row + byte, and field is 2·SETS to a byte.
-    field, row, byte = channel // (4 * ROWS), channel // 4 % ROWS, channel % 4
-    nibble = 2 * byte + field // SETS
-    return ((field % SETS) * 8 + nibble) * ROWS + row
+    row, nibble, s = position % ROWS, position // ROWS % 8, position // (8 * ROWS)
+    byte, field = nibble // 2, nibble % 2 * SETS + s
+    return 4 * ROWS * field + 4 * row + byte
 
 
 @triton.constexpr_function

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Int32
 
+from pallas_kernels.mosaic_gpu.combine import combine
 from pallas_kernels.mosaic_gpu.launch import Block, launch
 from pallas_kernels.mosaic_gpu.registers import I64
 from pallas_kernels.packing import pack_column
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
-from pallas_kernels.sketch_attention.gpu_mosaic.combine import combine
 from pallas_kernels.sketch_attention.gpu_mosaic.kernel import Operands, attend
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import Plan
 from pallas_kernels.sketch_attention.gpu_mosaic.tuning import divide
@@ -79,7 +79,7 @@ def sketch_attention(
     if query.signed:
         arrays["signs"] = _query_signs(query)
     else:
-        prepared = prepare_transform(query.transform)
+        prepared = query.prepared or prepare_transform(query.transform[None])
         arrays["queries"] = query.vectors.astype(jnp.float32)
         arrays["fragments"] = prepared.fragments
         arrays["norm"] = prepared.norm
@@ -108,7 +108,8 @@ def sketch_attention(
         warpgroups=plan.warpgroups,
         shared_bytes=plan.shared.size,
     )
-    return combine(output, lse)
+    output, lse = combine(output, lse)
+    return Partial(output[:, None], lse[:, None])
 
 
 def _plan(query: SketchQuery, keys: PackedKeys, values: PackedValues, start: int) -> Plan:
@@ -129,7 +130,7 @@ def _plan(query: SketchQuery, keys: PackedKeys, values: PackedValues, start: int
         variance=query.variance is not None,
         planes=query.planes,
         period=None if query.rope is None else query.rope.period,
-        stacked_transform=False,
+        stacked_transform=query.prepared is not None,
     )
 
 

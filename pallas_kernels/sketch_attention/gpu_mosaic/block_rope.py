@@ -6,7 +6,7 @@ from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select, when
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import LOG2_E, QueryReader
-from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, TILE, Plan
+from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS
 
 _RADIANS_PER_UNIT = 6.283185307179586 / 2.0**32
 
@@ -146,15 +146,12 @@ class BlockQueries:
                 mean = [
                     word.as_float()
                     for start in (place, place + 2 * plan.head_dim)
-                    for word in ptx.load(
-                        reader.shared + shared.mean + lane_channel, start, count=2
-                    )
+                    for word in ptx.load(reader.shared + shared.mean + lane_channel, start, count=2)
                 ]
                 for number, (source, index) in enumerate(zip(sources, blocks, strict=True)):
                     first = [x.as_float() for x in ptx.load(source, place, count=2)]
                     second = [
-                        x.as_float()
-                        for x in ptx.load(source, place + 2 * plan.head_dim, count=2)
+                        x.as_float() for x in ptx.load(source, place + 2 * plan.head_dim, count=2)
                     ]
                     turned = [
                         _turn_back(x, y, turn * index)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
+from pallas_kernels.sketch_attention.arguments import PreparedTransform
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, Plan
 
 _SPREAD = 0x00010001
@@ -24,28 +25,10 @@ _SUBNORMAL = 24
 LOG2_E = 1.4426950408889634
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PreparedTransform:
-    """Transforms in the order in which lanes read them.
-
-    Attributes:
-        fragments: pairs of float16; the last axis is what one lane reads at once, and `reads` is
-            a quarter of the words of a sketch, rounded up.
-        norm: what the fragments must be multiplied by.
-    """
-
-    fragments: Int32[Array, "*layers kv_heads reads 8 slices 32 4"]
-    norm: Float32[Array, "*layers kv_heads"]
-
-
 def prepare_transform(
-    transform: Float[Array, "*layers kv_heads head_dim bits"],
+    transform: Float[Array, "layers kv_heads head_dim bits"],
 ) -> PreparedTransform:
-    """Brings transforms into the order and precision in which the kernel reads them.
-
-    It does not depend on the queries, so it need not be done again for every token.
-    """
+    """Brings transforms into the order and precision in which the kernel reads them."""
     transform = transform.astype(jnp.float32)
     column_norm = jnp.sqrt(jnp.max(jnp.sum(jnp.square(transform), axis=-2), axis=-1))
     # A power of two keeps the codes of the fragments as exact as float16 allows.
@@ -212,9 +195,7 @@ class QueryReader:
         for part in range(self.plan.slices):
             for offset in (0, 32):
                 words = ptx.load(place, 64 * part + offset, count=2)
-                channels += [
-                    select(present, word.as_float(), F32.constant(0.0)) for word in words
-                ]
+                channels += [select(present, word.as_float(), F32.constant(0.0)) for word in words]
         energy = F32.constant(0.0)
         for channel in channels:
             energy = ptx.fma(channel, channel, energy)

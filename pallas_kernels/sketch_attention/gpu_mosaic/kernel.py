@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block
-from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, branch, loop, select, when
+from pallas_kernels.mosaic_gpu.merging import Column, over_rows
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, branch, select, when
+from pallas_kernels.mosaic_gpu.ring import Ring
+from pallas_kernels.mosaic_gpu.sequence import Sequence
+from pallas_kernels.mosaic_gpu.softmax import Softmax
 from pallas_kernels.sketch_attention.gpu_mosaic.block_rope import BlockQueries
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import LOG2_E, Columns, QueryReader
-from pallas_kernels.sketch_attention.gpu_mosaic.merging import Column, over_rows
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, TILE, Plan
-from pallas_kernels.sketch_attention.gpu_mosaic.sequence import Sequence
-from pallas_kernels.sketch_attention.gpu_mosaic.softmax import Softmax
 from pallas_kernels.sketch_attention.gpu_mosaic.tiles import KeyReader, TileCopier
 from pallas_kernels.sketch_attention.gpu_mosaic.values import ValueLayout, ValueReader
 
@@ -63,37 +64,33 @@ def attend(plan: Plan, block: Block, operands: Operands) -> None:
         group=plan.tiles_per_group,
     )
     copier = TileCopier.of(lane, sequence)
-    copier.start()
+    ring = Ring(
+        block.shared + (block.warp * (plan.stages * plan.tile_bytes) + plan.shared.tiles),
+        plan.stages,
+        plan.tile_bytes,
+        sequence.count,
+        copier.copy,
+    )
+    ring.start()
     # The first tiles are under way while queries are transformed.
     scores = Scores.prepare(lane)
     keys = KeyReader.of(lane)
     layout = ValueLayout.of(plan.head_dim, plan.value_bits)
     values = ValueReader.of(layout, plan.key_words, lane.row, lane.column)
     softmax = Softmax.empty(plan.operands, len(layout.planes) // 2)
-    ring_bytes = plan.stages * plan.tile_bytes
 
-    def step(index: I32, carry: list) -> list:
-        current, *registers = carry
+    def consume(index: I32, place: I32, registers: list) -> list:
         state = softmax.with_registers(registers)
-        ptx.wait_for_copies(plan.stages - 2)
-        # Every lane has now read the tile before, whose place the next copy takes.
-        ptx.warp_barrier()
-        last = current + (ring_bytes - plan.tile_bytes)
-        free = select(last.less(ring_bytes), last, last - ring_bytes)
-        copier.copy(index + (plan.stages - 1), copier.ring + free)
-        place = copier.ring + current
         words, affine, scalars = keys.load(place)
         codes = values.load(place)
         tile = sequence.at(index)
         logits = scores.logits(index, tile, words, scalars, state.reference)
-        state, logits, affine = _keep_in_range(plan, sequence, index, tile, lane, state, logits, affine)
-        state = _accumulate(state, logits, affine, codes, values)
-        ahead = current + plan.tile_bytes
-        return [select(ahead.less(ring_bytes), ahead, I32.constant(0)), *state.registers()]
+        state, logits, affine = _keep_in_range(
+            plan, sequence, index, tile, lane, state, logits, affine
+        )
+        return _accumulate(state, logits, affine, codes, values).registers()
 
-    start = [I32.constant(0), *softmax.registers()]
-    _, *registers = loop(I32.constant(0), sequence.count, 1, start, step)
-    ptx.wait_for_copies(0)
+    registers = ring.run(softmax.registers(), consume)
     found = _found(lane, softmax.with_registers(registers), layout)
     plan.merging.write(
         block, lane.head_index() * plan.groups, split, found, operands.output, operands.lse
@@ -299,17 +296,13 @@ class Scores:
             regions.append(region + step)
         return regions, columns
 
-    def _sums(
-        self, reads: list[list[I32]], number: int, regions: list[I32]
-    ) -> list[list[F32]]:
+    def _sums(self, reads: list[list[I32]], number: int, regions: list[I32]) -> list[list[F32]]:
         """Sums over set bits, or numbers of bits in which signs agree, by token and column."""
         plan = self.lane.plan
         by_token: list[list[F32]] = []
         operand = []
         if self.reader is not None:
-            operand = [
-                self.reader.operand(regions[number], read) for read in range(plan.key_reads)
-            ]
+            operand = [self.reader.operand(regions[number], read) for read in range(plan.key_reads)]
         for half in range(2):
             words = [read[2 * half : 2 * half + 2] for read in reads]
             if self.reader is not None:
@@ -448,9 +441,7 @@ def _keep_in_range(
         return [[[next(rows), next(rows)] for _ in range(4)] for _ in logits]
 
     def adjust(values: list) -> list:
-        shown = [
-            sequence.visible(begin + lane.token + token) for token in range(4)
-        ]
+        shown = [sequence.visible(begin + lane.token + token) for token in range(4)]
         hidden = F32.constant(float("-inf"))
         seen = [
             [
@@ -527,6 +518,8 @@ def _found(lane: Lane, state: Softmax, layout: ValueLayout) -> list[list[Column]
                 for index, plane in enumerate(layout.planes)
             ]
             total = over_rows(state.total[number][e])
-            columns.append(Column(state.reference[number][e], total, list(zip(channels, values))))
+            columns.append(
+                Column(state.reference[number][e], total, list(zip(channels, values, strict=True)))
+            )
         found.append(columns)
     return found

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pallas_kernels.mosaic_gpu.launch import WARPS
+from pallas_kernels.mosaic_gpu.merging import Merging
 from pallas_kernels.packing import words_per_column
-from pallas_kernels.sketch_attention.gpu_mosaic.merging import Merging
 
 TILE = 32
 """Tokens that a warp reads at once."""

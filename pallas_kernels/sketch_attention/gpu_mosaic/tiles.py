@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import I32, I64, select, when
+from pallas_kernels.mosaic_gpu.sequence import Sequence
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import TILE, Plan
-from pallas_kernels.sketch_attention.gpu_mosaic.sequence import Sequence
 from pallas_kernels.sketch_attention.gpu_mosaic.values import value_offset
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _PARTS = 8
 
 @dataclass(frozen=True)
 class TileCopier:
-    """Copies the tiles of a warp into its ring in shared memory, several ahead.
+    """Copies the tiles of a warp into shared memory.
 
     Each lane copies 16 bytes of every fourth row. Within a row the pieces are stored in another
     order, so that lanes which read different rows at once do so from different banks.
@@ -28,7 +28,6 @@ class TileCopier:
         plan: of the call.
         sequence: of the warp's tiles.
         lane: number of the lane.
-        ring: address of the warp's ring.
         keys: what the lane copies first of the first tile.
         values: likewise of its values.
         shared: likewise of scales and zeros, or of scalars.
@@ -37,7 +36,6 @@ class TileCopier:
     plan: Plan
     sequence: Sequence
     lane: I32
-    ring: I32
     keys: I64
     values: I64
     shared: I64
@@ -57,23 +55,13 @@ class TileCopier:
             plan,
             sequence,
             number,
-            block.shared + plan.shared.tiles + block.warp * (plan.stages * plan.tile_bytes),
             lane.stacked(operands.key_words, plan.key_words) + own,
             lane.stacked(operands.value_words, plan.value_words) + own,
             shared,
         )
 
-    def start(self) -> None:
-        """Begins to copy the first tiles."""
-        for stage in range(self.plan.stages - 1):
-            self.copy(I32.constant(stage), self.ring + stage * self.plan.tile_bytes)
-
     def copy(self, index: I32, target: I32) -> None:
-        """Begins to copy the warp's tile of an index, if it has so many, to a place in its ring."""
-        when(index.less(self.sequence.count), lambda: self._copy(index, target))
-        ptx.commit_copies()
-
-    def _copy(self, index: I32, target: I32) -> None:
+        """Begins to copy the warp's tile of an index to an address in shared memory."""
         plan = self.plan
         tile = self.sequence.at(index)
         offset = tile.wide() * _ROW

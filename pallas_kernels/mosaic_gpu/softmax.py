@@ -128,9 +128,7 @@ class Softmax:
             floor.append([low for _, _, low in steps])
             total.append([x * f for x, f in zip(self.total[number], factors[-1], strict=True)])
             zeros.append([x * f for x, f in zip(self.zeros[number], factors[-1], strict=True)])
-            moved.append(
-                [[token[e] - steps[e][0] for e in range(2)] for token in tokens]
-            )
+            moved.append([[token[e] - steps[e][0] for e in range(2)] for token in tokens])
         normaliser, shrink = self._normalised(affine)
         sums = [
             [
@@ -144,7 +142,6 @@ class Softmax:
         ]
         state = Softmax(reference, floor, total, zeros, normaliser, sums)
         return state, moved
-
 
     def _normalised(self, affine: list[I32]) -> tuple[F32 | None, F32 | None]:
         """The normaliser that suits a tile too, and its ratio to the present one."""
@@ -162,7 +159,9 @@ class Softmax:
 def _greatest(values: list[F32]) -> F32:
     while len(values) > 1:
         values = [
-            ptx.maximum(values[index], values[index + 1]) if index + 1 < len(values) else values[index]
+            ptx.maximum(values[index], values[index + 1])
+            if index + 1 < len(values)
+            else values[index]
             for index in range(0, len(values), 2)
         ]
     return values[0]

@@ -1,4 +1,4 @@
-"""Attention to keys and values that are stored as they are."""
+"""The definition of attention over exact keys and values, in plain jax.numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,36 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.packing import from_storage
-from pallas_kernels.sketch_attention.blocks import BlockScores, BlockValues, read_block
+from pallas_kernels.sketch_attention.blocks import (
+    BlockScores,
+    BlockValues,
+    attend_blocks,
+    read_block,
+)
+from pallas_kernels.sketch_attention.partial import Partial
+
+
+def exact_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    keys: Shaped[Array, "layers batch tokens channels"],
+    values: Shaped[Array, "layers batch tokens channels"],
+    layer: Int32[Array, ""],
+    *,
+    dtype: jnp.dtype,
+    start: int,
+    stop: Int32[Array, "batch queries"],
+) -> Partial:
+    """See `pallas_kernels.exact_attention.exact_attention`."""
+    head_dim = query.shape[-1]
+    return attend_blocks(
+        exact_scores(keys, dtype, layer, query),
+        exact_vectors(values, dtype, layer, head_dim),
+        start=start,
+        stop=stop,
+        capacity=keys.shape[2],
+        kv_heads=keys.shape[3] // head_dim,
+        query_shape=query.shape,
+    )
 
 
 def exact_logits(

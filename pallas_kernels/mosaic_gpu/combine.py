@@ -7,7 +7,6 @@ from jaxtyping import Array, Float32
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block, launch
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select, when
-from pallas_kernels.sketch_attention.partial import Partial
 
 _THREADS = 128
 _AT_ONCE = 8
@@ -18,14 +17,14 @@ _LOG2_E = 1.4426950408889634
 def combine(
     output: Float32[Array, "batch heads splits head_dim"],
     lse: Float32[Array, "batch heads splits"],
-) -> Partial:
-    """The attention over all splits, `merge` over an axis; for one query per row."""
+) -> tuple[Float32[Array, "batch heads head_dim"], Float32[Array, "batch heads"]]:
+    """The attention over all splits, and its log-sum-exp; 0 and -inf where nothing was seen."""
     batch, heads, splits, head_dim = output.shape
     if splits == 1:
-        return Partial(output[:, None, :, 0], lse[:, None, :, 0])
+        return output[:, :, 0], lse[:, :, 0]
     results = [
-        jax.ShapeDtypeStruct((batch, 1, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch, 1, heads), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads), jnp.float32),
     ]
 
     def body(block: Block, parts: I64, weights: I64, merged: I64, merged_lse: I64) -> None:
@@ -50,9 +49,7 @@ def combine(
                 return [total, value]
 
             zero = F32.constant(0.0)
-            total, value = loop(
-                I32.constant(0), I32.constant(splits), _AT_ONCE, [zero, zero], add
-            )
+            total, value = loop(I32.constant(0), I32.constant(splits), _AT_ONCE, [zero, zero], add)
             divisor = select(empty, F32.constant(1.0), total)
             ptx.store(
                 merged + head.wide() * (4 * head_dim) + index * 4, value * ptx.reciprocal(divisor)
@@ -76,7 +73,7 @@ def combine(
         warpgroups=1,
         shared_bytes=4 * _padded(splits),
     )
-    return Partial(merged, merged_lse)
+    return merged, merged_lse
 
 
 def _padded(splits: int) -> int:

@@ -1,0 +1,95 @@
+"""The one entry to attention over exact keys and values, stored token by token."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int32, Shaped
+
+from pallas_kernels.choice import HOPPER, Choice, Implementation, log_once
+from pallas_kernels.device import cuda_capability
+from pallas_kernels.exact_attention import reference
+from pallas_kernels.sketch_attention.partial import Partial
+
+
+def exact_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    keys: Shaped[Array, "layers batch tokens channels"],
+    values: Shaped[Array, "layers batch tokens channels"],
+    layer: Int32[Array, ""],
+    *,
+    dtype: DTypeLike,
+    start: int,
+    stop: Int32[Array, "batch queries"],
+    implementation: Implementation | None = None,
+) -> Partial:
+    """Attention of each query to the stored tokens `start <= n < stop`, with logits `q·k/√D`.
+
+    Args:
+        query: query head `h` reads KV head `h // (heads // kv_heads)`.
+        keys: of all layers, `channels = kv_heads · head_dim`; 16-bit floats as bit patterns.
+        values: likewise.
+        layer: which layer to read.
+        dtype: of the stored keys and values.
+        start: the first token that may be seen, the same for all rows.
+        stop: for each query, one past the last token it sees.
+        implementation: which to run; None leaves it to `choose`.
+
+    Returns:
+        Float32 output `[batch, queries, heads, head_dim]` and log-sum-exp
+        `[batch, queries, heads]`; 0 and -inf for a query that sees nothing.
+
+    Raises:
+        ValueError: the shapes do not fit together, or the implementation that was asked for cannot
+            run them.
+    """
+    if keys.shape != values.shape or keys.shape[3] % query.shape[3]:
+        raise ValueError(
+            f"exact_attention: keys {keys.shape} and values {values.shape} must have one shape, "
+            f"with channels that are a multiple of the queries' {query.shape[3]}"
+        )
+    chosen = choose(query, keys, dtype, implementation)
+    if chosen.implementation == "mosaic_gpu":
+        from pallas_kernels.exact_attention import gpu_mosaic
+
+        return gpu_mosaic.exact_attention(query, keys, values, layer, start=start, stop=stop)
+    return reference.exact_attention(
+        query, keys, values, layer, dtype=jnp.dtype(dtype), start=start, stop=stop
+    )
+
+
+def choose(
+    query: Float[Array, "batch queries heads head_dim"],
+    keys: Shaped[Array, "layers batch tokens channels"],
+    dtype: DTypeLike,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """The implementation that `exact_attention` runs on these arguments; logged once, as INFO.
+
+    Raises:
+        ValueError: there is no such implementation, or it cannot run these arguments.
+    """
+    choice = _choose(query, keys, jnp.dtype(dtype), implementation)
+    log_once("exact attention", choice)
+    return choice
+
+
+def _choose(
+    query: Array, keys: Array, dtype: jnp.dtype, implementation: Implementation | None
+) -> Choice:
+    if implementation not in (None, "xla", "mosaic_gpu"):
+        raise ValueError(
+            f"unknown implementation {implementation!r} of exact_attention; "
+            "use 'xla', 'mosaic_gpu' or None"
+        )
+    if implementation == "xla":
+        return Choice("xla", "the caller asked for it")
+    capability = cuda_capability()
+    if implementation is None and (capability is None or capability < HOPPER):
+        return Choice("xla", "the default device is no NVIDIA GPU of Hopper or later")
+    # Pallas's GPU modules take long to import, and most processes do without.
+    from pallas_kernels.exact_attention import gpu_mosaic
+
+    refusal = gpu_mosaic.refusal(query, keys, dtype)
+    if implementation is not None and refusal is not None:
+        raise ValueError(f"exact_attention cannot run as {implementation!r}: {refusal}")
+    if refusal is not None:
+        return Choice("xla", f"mosaic_gpu cannot run this: {refusal}")
+    return Choice("mosaic_gpu", "a GPU of Hopper or later")
