@@ -37,6 +37,10 @@ class SketchCase:
     planes: int = 1
     period: int | None = None
     dtype: str = "float32"
+    outliers: bool = False
+    """Whether some values have scales a thousand times larger than others."""
+    opposed: bool = False
+    """Whether keys point away from the first query of each KV head: its logits are far below 0."""
     seed: int = 0
 
 
@@ -85,9 +89,51 @@ CASES = {
     "two blocks and 128 tokens, period 32": SketchCase(
         capacity=2176, head_dim=32, bits=32, batch=4, stops=(2176, 2049, 1500, 3), period=32
     ),
+    "edges of a block": SketchCase(batch=6, capacity=256, stops=(0, 1, 127, 128, 129, 256)),
+    "the last token only": SketchCase(capacity=256, start=255, stops=(256, 255)),
+    "outlier scales of values": replace(WINDOWED, outliers=True),
+    "logits far below zero": replace(WINDOWED, opposed=True),
     "bfloat16 queries": SketchCase(dtype="bfloat16", variance=True),
     "bfloat16 queries, period 32": SketchCase(dtype="bfloat16", period=32),
 }
+
+LONG = SketchCase(head_dim=128, bits=128, groups=4, capacity=4096, start=4, stops=(4096, 3001))
+TURNED = SketchCase(head_dim=128, bits=128, capacity=1024, period=32, start=4, stops=(1000, 37))
+
+KERNEL_CASES = {
+    "long rows": LONG,
+    "long rows, outlier scales": replace(LONG, outliers=True),
+    "long rows, logits far below zero": replace(LONG, opposed=True),
+    "256 bits and 2-bit values": replace(LONG, bits=256, value_bits=2),
+    "one head of many": replace(LONG, groups=1, kv_heads=8),
+    "sixteen heads": replace(LONG, groups=16),
+    "eleven heads": replace(LONG, groups=11),
+    "64 channels": replace(LONG, head_dim=64, bits=64),
+    "96 channels": replace(LONG, head_dim=96, bits=96),
+    "256 channels": replace(LONG, head_dim=256, bits=256),
+    "3-bit values": replace(LONG, value_bits=3),
+    "3-bit values of 64 channels": replace(LONG, head_dim=64, bits=64, value_bits=3),
+    "2-bit values of 64 channels": replace(LONG, head_dim=64, bits=64, value_bits=2),
+    "3-bit values of 96 channels": replace(LONG, head_dim=96, bits=96, value_bits=3),
+    "2-bit values of 96 channels": replace(LONG, head_dim=96, bits=96, value_bits=2),
+    "3-bit values of 256 channels": replace(LONG, head_dim=256, bits=256, value_bits=3),
+    "signed query of 128 bits": replace(LONG, scalars=False, signed=True),
+    "period 32 of two heads": TURNED,
+    "period 32 of four heads": replace(TURNED, groups=4),
+    "period 32 of eight heads": replace(TURNED, groups=8),
+    "period 32 of sixteen heads": replace(TURNED, groups=16),
+    "period 32, 256 channels, sixteen heads": replace(
+        TURNED, groups=16, kv_heads=1, head_dim=256, bits=256
+    ),
+    "period 32 of 96 channels": replace(TURNED, head_dim=96, bits=96),
+    "period 64 of one head": replace(TURNED, groups=1, period=64, stops=(1000, 137)),
+    "period 128": replace(TURNED, period=128),
+    "period 32, logits far below zero": replace(TURNED, opposed=True),
+    "period 32, two planes and their variance": replace(
+        TURNED, bits=256, planes=2, variance=True, value_bits=2
+    ),
+}
+"""Shapes that kernels are made for, longer than plain jax.numpy need be tested with."""
 
 
 @st.composite
@@ -118,6 +164,8 @@ def cases(draw: st.DrawFn) -> SketchCase:
         planes=planes,
         period=draw(st.sampled_from((None, 128, 64, 32))),
         dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        outliers=draw(st.booleans()),
+        opposed=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
 
@@ -150,12 +198,18 @@ def build(case: SketchCase) -> tuple[Arguments, Answer]:
     codes = rng.integers(0, 2**case.value_bits, (*stored, case.head_dim))
     scales, value_scale = (_bfloat16(rng.uniform(0.1, 2.0, stored)) for _ in range(2))
     zero = _bfloat16(rng.normal(size=stored))
+    if case.outliers:
+        value_scale = np.where(rng.random(stored) < 0.1, _bfloat16(1000 * value_scale), value_scale)
 
     vectors = rng.normal(size=(case.batch, case.queries, heads, case.head_dim))
     transform = rng.normal(size=(case.kv_heads, case.head_dim, case.bits)) / case.bits**0.5
     if case.signed:
         # Whole numbers project without rounding, so that both sides see the same signs and zeros.
         vectors, transform = (np.round(2 * vectors), np.round(transform * case.bits**0.5))
+    if case.opposed:
+        first = vectors[:, 0, :: case.groups]
+        opposite = np.einsum("bkd,kdc->bkc", first, transform)[:, :, None] < 0
+        bits = np.where(rng.random(bits.shape) < 0.9, opposite, bits)
     vectors = vectors.astype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else np.float32)
     transform = transform.astype(np.float32)
     scale = rng.uniform(0.5, 2.0, heads) / case.head_dim**0.5

@@ -217,7 +217,7 @@ def attend(
         sums += (tl.zeros([VALUE_ROWS, COLUMNS], tl.float32),)
 
     for tile in range(START // TILE + split, end_tile, splits):
-        begin = tile.to(tl.int64) * TILE
+        begin = tl.cast(tile, tl.int64) * TILE
         token = tile * TILE + step
         visible = (token - START).to(tl.uint32, bitcast=True) < seen  # Less than 0 is far above.
         if PERIOD != 0:

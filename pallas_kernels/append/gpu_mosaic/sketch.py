@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import isfinite
 
 from pallas_kernels.append.arguments import KeyEncoder
-from pallas_kernels.append.gpu_mosaic.places import GlobalArray, Layout, Place, one_if
+from pallas_kernels.append.gpu_mosaic.places import ROWS, GlobalArray, Layout, Place, one_if
 from pallas_kernels.mosaic_gpu import ptx, registers
 from pallas_kernels.mosaic_gpu.registers import F32, I32
 from pallas_kernels.packing import TOKEN_BLOCK
