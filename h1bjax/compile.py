@@ -56,8 +56,8 @@ class DecodingFunction(Generic[_Arguments, _Result]):
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         return (self.nested if traced else self.compiled)(*args, **kwargs)
 
-    def lower(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> jax.stages.Lowered:
-        """As `jax.jit` has it."""
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As `jax.jit` has it; shapes and dtypes will do."""
         return self.compiled.lower(*args, **kwargs)
 
 

@@ -15,7 +15,7 @@ from h1bjax.config import LlamaConfig
 from h1bjax.fused_attention import causal_attention
 from h1bjax.parameters import decoder_parameters
 from h1bjax.rope import rope_frequencies
-from pallas_kernels.rotary import rotate
+from pallas_kernels.rotary import Turn, rotate_by, turn
 
 EXACT = CacheSpec.preset("exact")
 
@@ -214,7 +214,7 @@ class Decoder(nnx.Module):
         attend = self._dense(positions, EXACT)
 
         def step(x: Array, layer: DecoderLayers) -> tuple[Array, Array]:
-            x, _ = self._layer(layer, None, x, positions, attend)
+            x, _ = self._layer(layer, None, x, self._turn(positions), attend)
             return x, x
 
         _, outputs = jax.lax.scan(step, embedded, self.layers)
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
             return causal_attention(query, key, value), (query, key)
 
         layer = jax.tree.map(lambda stacked: stacked[index], self.layers)
-        x, (query, key) = self._layer(layer, None, x, positions, attend)
+        x, (query, key) = self._layer(layer, None, x, self._turn(positions), attend)
         return x, query, key
 
     def init_cache(self, *, batch: int, max_length: int) -> KVCache:
@@ -312,8 +312,10 @@ class Decoder(nnx.Module):
         attend: "_Attend",
         remat: bool,
     ) -> Float[Array, "batch tokens embed"]:
+        turned = self._turn(positions)
+
         def step(x: Array, layer: tuple[DecoderLayers, CodecParameters | None]) -> tuple:
-            return self._layer(*layer, x, positions, attend)
+            return self._layer(*layer, x, turned, attend)
 
         if remat:
             # Inside a scan nothing can be merged with the first computation of the layer.
@@ -332,7 +334,7 @@ class Decoder(nnx.Module):
         exact_prefill: bool,
         fresh: bool,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
-        frequencies = self._frequencies()
+        frequencies, turned = self._frequencies(), self._turn(positions)
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         prepared = PreparedCodec.of(cache.spec, self.codec)
 
@@ -357,7 +359,7 @@ class Decoder(nnx.Module):
                     prepared=prepared,
                 )
 
-            return self._layer(weights, codec, x, positions, attend), None
+            return self._layer(weights, codec, x, turned, attend), None
 
         # The stacked cache is the carry, so that each layer writes into it where it lies.
         return jax.lax.scan(step, (x, cache), (indices, self.layers, self.codec))[0]
@@ -380,10 +382,18 @@ class Decoder(nnx.Module):
         layer: DecoderLayers,
         codec: CodecParameters | None,
         x: Float[Array, "batch tokens embed"],
-        positions: Int32[Array, "#batch tokens"],
+        turned: Turn,
         attend: "_Attend",
     ) -> tuple[Float[Array, "batch tokens embed"], Any]:
-        """One layer; `attend` gives the attention output and whatever it updated."""
+        """One layer; `attend` gives the attention output and whatever it updated.
+
+        Args:
+            layer: its parameters.
+            codec: likewise of its key codec.
+            x: the residual stream before it.
+            turned: the RoPE of the positions, see `_turn`.
+            attend: of queries and keys after RoPE, and values.
+        """
         eps = self.config.rms_norm_eps
         normed = _rms_norm(x, layer.attention_norm, eps)
         query = _add(jnp.einsum("bte,ehd->bthd", normed, layer.query[...]), layer.query_bias)
@@ -392,10 +402,7 @@ class Decoder(nnx.Module):
         if layer.query_norm is not None and layer.key_norm is not None:
             query = _rms_norm(query, layer.query_norm, eps)
             key = _rms_norm(key, layer.key_norm, eps)
-        frequencies, heads = self._frequencies(), positions[..., None]
-        attended, updated = attend(
-            codec, rotate(query, heads, frequencies), rotate(key, heads, frequencies), value
-        )
+        attended, updated = attend(codec, rotate_by(query, turned), rotate_by(key, turned), value)
         output = jnp.einsum("bthd,hde->bte", attended, layer.output[...])
         x = x + _add(output, layer.output_bias)
 
@@ -404,6 +411,10 @@ class Decoder(nnx.Module):
         up = _add(jnp.einsum("bte,ef->btf", normed, layer.up[...]), layer.up_bias)
         down = jnp.einsum("btf,fe->bte", jax.nn.silu(gate) * up, layer.down[...])
         return x + _add(down, layer.down_bias), updated
+
+    def _turn(self, positions: Int32[Array, "#batch tokens"]) -> Turn:
+        """The RoPE of the heads of each position, which all layers share."""
+        return turn(positions[..., None], self._frequencies())
 
     def _frequencies(self) -> Float[Array, "half_dim"]:
         return jnp.asarray(rope_frequencies(self.config))

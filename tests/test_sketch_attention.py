@@ -1,6 +1,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,12 @@ from pallas_kernels.sketch_attention.choice import implementation_named
 merge_jitted = jax.jit(merge)
 
 
-@partial(jax.jit, static_argnames=("start", "implementation"))
-def attend(query, keys, values, layer, *, start, stop, implementation="xla") -> Partial:
-    return sketch_attention(
-        query, keys, values, layer, start=start, stop=stop, implementation=implementation
-    )
+def attend_as(implementation: str) -> Any:
+    function = partial(sketch_attention, implementation=implementation)  # type: ignore[arg-type]
+    return jax.jit(function, static_argnames="start")
+
+
+attend = attend_as("xla")
 
 
 class TestDefinition:
@@ -82,25 +84,24 @@ class TestEveryKernel:
     def test_longer_rows_do_not_compile_again(self, implementation):
         pytest.importorskip("jax_triton" if implementation == "triton" else "jax")
         query, keys, values, layer, start, stop = build(KERNEL_CASES["long rows"])[0]
-        run = partial(attend, query, keys, values, layer, start=start)
-        run(stop=stop, implementation=implementation)
-        before = attend._cache_size()
-        for end in (5, 129, 4000):
-            run(stop=jnp.full_like(stop, end), implementation=implementation)
-        assert attend._cache_size() == before
+        run = attend_as(implementation)
+        for end in (4096, 5, 129, 4000):
+            run(query, keys, values, layer, start=start, stop=jnp.full_like(stop, end))
+            assert run._cache_size() == 1
 
 
 def assert_near(implementation: str, case: SketchCase) -> None:
     if implementation == "triton":
         pytest.importorskip("jax_triton")
     (query, keys, values, layer, start, stop), answer = build(case)
-    run = partial(attend, query, keys, values, layer, start=start, stop=stop)
-    refusal = implementation_named(implementation).refusal(query, keys, values)
+    run = partial(attend_as(implementation), query, keys, values, layer, start=start, stop=stop)
+    module = implementation_named(implementation)  # type: ignore[arg-type]
+    refusal = module.refusal(query, keys, values)
     if refusal is not None:
         with pytest.raises(ValueError, match=re.escape(refusal)):
-            run(implementation=implementation)
+            run()
         return
-    found = run(implementation=implementation)
+    found = run()
     error = np.linalg.norm(found.output - answer.output)
     assert error <= 2e-3 * np.linalg.norm(answer.output)
     empty = np.isneginf(answer.lse)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
@@ -50,7 +51,8 @@ def sketch_query(
     """
     head_dim = query.shape[-1]
     fitted = spec.scores == "fitted"
-    temperature = parameters.temperature[...] if fitted else jnp.ones(query.shape[2])
+    # A constant costs nothing, where an array of ones would be filled in every layer.
+    temperature = parameters.temperature[...] if fitted else np.ones(query.shape[2], np.float32)
     shift = parameters.offset[...] if fitted else jnp.zeros(query.shape[2])
     shift = jnp.broadcast_to(shift, query.shape[:3])
     vectors = query.astype(jnp.float32)
@@ -66,7 +68,7 @@ def sketch_query(
         SketchQuery(
             vectors,
             codec.query_transform(parameters),
-            temperature * codec.logit_scale(head_dim),
+            jnp.asarray(temperature * np.float32(codec.logit_scale(head_dim))),
             variance=half_variance(spec, codec, vectors),
             rope=rope,
             signed=codec.signed_query,

@@ -14,7 +14,7 @@ from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.combine import combine
 from pallas_kernels.mosaic_gpu.launch import WARPS, Block, launch
 from pallas_kernels.mosaic_gpu.merging import Column, Merging, over_rows
-from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, branch, select
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, branch, select
 from pallas_kernels.mosaic_gpu.ring import Ring
 from pallas_kernels.mosaic_gpu.sequence import Sequence
 from pallas_kernels.mosaic_gpu.softmax import Softmax
@@ -255,7 +255,7 @@ def _logits(
 
 def _keep_in_range(
     sequence: Sequence,
-    needed: object,
+    needed: Bool,
     token: I32,
     state: Softmax,
     logits: list[list[list[F32]]],
@@ -300,8 +300,10 @@ def _accumulate(plan: _Plan, state: Softmax, logits: list[list[list[F32]]], plac
         operands.append(halves)
     for part in range(plan.slices):
         channels = ptx.load_matrices(place, 32 * part, transposed=True)
-        for number, weights in enumerate(operands):
-            sums[number][part] = ptx.multiply_bfloats(channels, weights, sums[number][part])
+        for number, weights_of_tokens in enumerate(operands):
+            sums[number][part] = ptx.multiply_bfloats(
+                channels, weights_of_tokens, sums[number][part]
+            )
     return Softmax(state.reference, state.floor, total, state.zeros, None, sums)
 
 

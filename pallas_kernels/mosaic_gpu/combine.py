@@ -6,7 +6,7 @@ from jaxtyping import Array, Float32
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block, launch
-from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select, when
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
 
 _THREADS = 128
 _AT_ONCE = 8
@@ -35,7 +35,7 @@ def combine(
         reference = select(empty, F32.constant(0.0), highest)
 
         def channel(index: I32, carry: list) -> list:
-            own = parts + (head * splits).wide() * (4 * head_dim) + index * 4
+            column = parts + (head * splits).wide() * (4 * head_dim) + index * 4
 
             def add(chunk: I32, carry: list) -> list:
                 total, value = carry
@@ -43,7 +43,7 @@ def combine(
                     # Places beyond the last split weigh nothing.
                     split = chunk + offset
                     weight = ptx.exp2(_weight(block, split) - reference)
-                    place = own + split.minimum(splits - 1) * (4 * head_dim)
+                    place = column + split.minimum(splits - 1) * (4 * head_dim)
                     part = ptx.load(place, once=True)[0].as_float()
                     total, value = total + weight, ptx.fma(weight, part, value)
                 return [total, value]
@@ -54,12 +54,8 @@ def combine(
             ptx.store(
                 merged + head.wide() * (4 * head_dim) + index * 4, value * ptx.reciprocal(divisor)
             )
-            when(
-                index.equals(0),
-                lambda: ptx.store(
-                    merged_lse + head.wide() * 4, (reference + ptx.log2(total)) * _LOG_2
-                ),
-            )
+            own = (reference + ptx.log2(total)) * _LOG_2
+            ptx.store(merged_lse + head.wide() * 4, own, only=index.equals(0))
             return carry
 
         loop(block.thread, I32.constant(head_dim), _THREADS, [], channel)

@@ -1,8 +1,9 @@
 """Launching a kernel body over a grid, on any version of Pallas that is supported."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from inspect import signature
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -18,7 +19,8 @@ WARPS = 4
 """Warps of a warpgroup, the unit in which threads are launched."""
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """What a thread knows of where it runs.
 
     Attributes:
@@ -63,7 +65,7 @@ def launch(
     names = tuple(f"block{axis}" for axis in range(len(grid)))
     references = len(operands) + len(results)
 
-    def inline(context: object, *arguments: object) -> None:
+    def inline(context: Any, *arguments: Any) -> None:
         *arrays, memory = arguments[: references + 1]
         index = [I32(each.registers.item()) for each in arguments[references + 1 :]]
         thread = I32(utils.thread_idx())
@@ -82,7 +84,7 @@ def launch(
     scratch = [plgpu.SMEM((max(shared_bytes, 128),), jax.numpy.int8)]
     # Renamed in jax 0.10.2.
     renamed = "out_type" in signature(plgpu.kernel).parameters
-    shapes = (
+    shapes: dict[str, Any] = (
         {"out_type": list(results), "scratch_types": scratch}
         if renamed
         else {"out_shape": list(results), "scratch_shapes": scratch}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block
-from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select, when
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
 
 _LOG_2 = 0.6931471805599453
 
@@ -83,7 +83,7 @@ class Merging:
             place = output + part.wide() * (4 * self.head_dim) + channel * 4
             ptx.store(place, value * ptx.reciprocal(divisor))
             own = (highest + ptx.log2(total)) * _LOG_2
-            when(channel.equals(0), lambda: ptx.store(lse + part.wide() * 4, own))
+            ptx.store(lse + part.wide() * 4, own, only=channel.equals(0))
             return carry
 
         outputs = I32.constant(self.groups * self.head_dim)
@@ -100,12 +100,7 @@ class Merging:
                 place = block.warp * self.columns + lane_column * 2 + (8 * number + e)
                 seen = column.total.greater(0.0)
                 reference = select(seen, column.reference, F32.constant(float("-inf")))
-                when(
-                    row.equals(0),
-                    lambda place=place, reference=reference, column=column: ptx.store(
-                        block.shared + place * 8, reference, column.total
-                    ),
-                )
+                ptx.store(block.shared + place * 8, reference, column.total, only=row.equals(0))
                 for channel, value in column.sums:
                     ptx.store(sums + (place * self.head_dim + channel) * 4, value)
 

@@ -13,12 +13,12 @@ from typing import Literal, TypeVar
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Register
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, Register, when
 
 Space = Literal["global", "shared"]
 
 _Value = TypeVar("_Value", I32, F32)
-_LETTERS = {I32: "r", F32: "f", I64: "l"}
+_LETTERS: dict[type, str] = {I32: "r", F32: "f", I64: "l"}
 # What threads of a warp do together must not move into a branch that only some of them take.
 # Bindings that cannot say so keep such instructions in place as side effects.
 _CAN_CONVERGE = "convergent" in signature(llvm.inline_asm).parameters
@@ -46,8 +46,18 @@ def load(address: I64 | I32, offset: int = 0, *, count: int = 1, once: bool = Fa
     return _assemble(text, [address], [I32] * count, memory=not once)
 
 
-def store(address: I64 | I32, *values: Register, offset: int = 0) -> None:
-    """Writes 1, 2 or 4 consecutive words; the address is aligned to all of them."""
+def store(address: I64 | I32, *values: Register, offset: int = 0, only: Bool | None = None) -> None:
+    """Writes 1, 2 or 4 consecutive words; the address is aligned to all of them.
+
+    Args:
+        address: in bytes; 64 bits for global memory, 32 for shared.
+        values: what to write.
+        offset: added to the address, in bytes.
+        only: the threads that write; None for all.
+    """
+    if only is not None:
+        when(only, lambda: store(address, *values, offset=offset))
+        return
     space = "global" if isinstance(address, I64) else "shared"
     count = len(values)
     listed = ", ".join(f"${1 + index}" for index in range(count))
@@ -73,8 +83,18 @@ def prefetch(address: I64, offset: int = 0) -> None:
     _assemble(f"prefetch.global.L2 [$0{offset:+d}];", [address], [], memory=True)
 
 
-def copy_async(target: I32, source: I64, offset: int = 0) -> None:
-    """Begins to copy 16 bytes from global to shared memory; both are aligned to 16."""
+def copy_async(target: I32, source: I64, offset: int = 0, *, only: Bool | None = None) -> None:
+    """Begins to copy 16 bytes from global to shared memory; both are aligned to 16.
+
+    Args:
+        target: address in shared memory.
+        source: address in global memory.
+        offset: added to the source, in bytes.
+        only: the threads that copy; None for all.
+    """
+    if only is not None:
+        when(only, lambda: copy_async(target, source, offset))
+        return
     text = f"cp.async.cg.shared.global.L2::128B [$0], [$1{offset:+d}], 16;"
     _assemble(text, [target, source], [], memory=True)
 

@@ -6,7 +6,7 @@ around; they shift, divide and compare as unsigned numbers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
@@ -163,7 +163,6 @@ class F32:
 
 Register: TypeAlias = I32 | F32
 _Scalar = TypeVar("_Scalar", I32, I64, F32)
-_Registers = TypeVar("_Registers", bound=Sequence[Register])
 
 
 def select(condition: Bool, yes: _Scalar, no: _Scalar) -> _Scalar:
@@ -171,9 +170,7 @@ def select(condition: Bool, yes: _Scalar, no: _Scalar) -> _Scalar:
     return type(yes)(arith.select(condition.value, yes.value, no.value))
 
 
-def loop(
-    first: I32, stop: I32, step: int, carry: Sequence[Register], body: Callable
-) -> list[Register]:
+def loop(first: I32, stop: I32, step: int, carry: Sequence[Register], body: Callable) -> list[Any]:
     """`for index in range(first, stop, step): carry = body(index, carry)`, as signed numbers.
 
     Args:
@@ -194,8 +191,8 @@ def loop(
 
 
 def branch(
-    condition: Bool, values: Sequence[Register], then: Callable[[list[Register]], Sequence]
-) -> list[Register]:
+    condition: Bool, values: Sequence[Register], then: Callable[[list[Any]], Sequence[Register]]
+) -> list[Any]:
     """`then(values)` where the condition holds, else the values as they are.
 
     Threads of a warp may take different ways only if `then` does not let them exchange anything.
@@ -216,7 +213,7 @@ def when(condition: Bool, then: Callable[[], None]) -> None:
         scf.yield_([])
 
 
-def _like(values: Sequence[ir.Value], examples: Sequence[Register]) -> list[Register]:
+def _like(values: Sequence[ir.Value], examples: Sequence[Register]) -> list[Any]:
     return [type(example)(value) for value, example in zip(values, examples, strict=True)]
 
 

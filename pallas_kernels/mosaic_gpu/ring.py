@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import I32, Register, loop, select, when
@@ -33,14 +34,13 @@ class Ring:
     def run(
         self,
         carry: Sequence[Register],
-        consume: Callable[[I32, I32, list[Register]], Sequence[Register]],
-    ) -> list[Register]:
+        consume: Callable[[I32, I32, list[Any]], Sequence[Register]],
+    ) -> list[Any]:
         """`carry = consume(index, address, carry)` for every tile in turn, after `start`."""
         size = self.stages * self.tile_bytes
 
-        def step(index: I32, carry: list[Register]) -> list[Register]:
+        def step(index: I32, carry: list[Any]) -> list[Any]:
             place, *rest = carry
-            assert isinstance(place, I32)
             ptx.wait_for_copies(self.stages - 2)
             # Every lane has now read the tile before, whose place the next copy takes.
             ptx.warp_barrier()

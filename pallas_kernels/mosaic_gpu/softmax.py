@@ -1,9 +1,10 @@
 """The running softmax of a warp."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pallas_kernels.mosaic_gpu import ptx
-from pallas_kernels.mosaic_gpu.registers import F32, I32, Register, select
+from pallas_kernels.mosaic_gpu.registers import F32, I32, select
 
 EXCESS = 5.0
 """How far, in units of log 2, a logit may exceed the reference before it is raised."""
@@ -71,12 +72,12 @@ class Softmax:
             flat.append(self.normaliser)
         return flat + [x for operand in self.sums for tile in operand for x in tile]
 
-    def with_registers(self, registers: list[Register]) -> "Softmax":
+    def with_registers(self, registers: list[Any]) -> "Softmax":
         """The state whose `registers` these are."""
         values = iter(registers)
 
         def columns() -> list[list[F32]]:
-            return [[next(values), next(values)] for _ in self.reference]  # type: ignore[misc]
+            return [[next(values), next(values)] for _ in self.reference]
 
         reference, floor, total, zeros = (columns() for _ in range(4))
         normaliser = None if self.normaliser is None else next(values)
@@ -87,8 +88,8 @@ class Softmax:
             floor=floor,
             total=total,
             zeros=zeros,
-            normaliser=normaliser,  # type: ignore[arg-type]
-            sums=sums,  # type: ignore[arg-type]
+            normaliser=normaliser,
+            sums=sums,
         )
 
     def needs_raise(self, logits: list[list[list[F32]]], affine: list[I32]) -> I32:

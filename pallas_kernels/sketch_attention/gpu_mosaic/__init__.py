@@ -97,7 +97,8 @@ def sketch_attention(
 
     def body(block: Block, *addresses: I64) -> None:
         given = dict(zip(names, addresses, strict=True))
-        operands = Operands(**{item.name: given.get(item.name) for item in fields(Operands)})
+        absent = {item.name: None for item in fields(Operands) if item.name not in given}
+        operands = Operands(**given, **absent)  # type: ignore[arg-type]
         attend(plan, block, operands)
 
     output, lse = launch(

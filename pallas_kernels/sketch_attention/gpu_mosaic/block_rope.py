@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block
-from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select, when
+from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, loop, select
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import LOG2_E, QueryReader
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS
 
@@ -61,10 +61,7 @@ class BlockQueries:
             channels, own = reader.load_normalised(head, plan.groups)
             restore.append(own)
             place = block.shared + shared.queries + head * (4 * plan.head_dim) + reader.column * 8
-            when(
-                block.warp.equals(0) & head.less(plan.groups),
-                lambda place=place, channels=channels: _keep(place, channels),
-            )
+            _keep(place, channels, only=block.warp.equals(0) & head.less(plan.groups))
         return restore
 
     def update(self, first_tile: I32, restore: list[F32], factors: list[list[F32]]) -> None:
@@ -85,7 +82,6 @@ class BlockQueries:
         loaded = reader.load_fragments(first, transform)
         reader.transform(rows, first, 1, region, transform, loaded)
         ptx.warp_barrier()
-        own = reader.row.equals(0)
         places = reader.shared + plan.shared.columns + reader.warp * plan.column_bytes
         for number in range(plan.sets):
             operand = number if plan.operands > 1 else 0
@@ -93,17 +89,16 @@ class BlockQueries:
             total = reader.sum_all(reader.region(reader.warp, number))
             base = [(x * y) * 0.5 for x, y in zip(total, factor, strict=True)]
             place = places + number * (1 + plan.shared_blocks) * COLUMNS * 4
-            when(own, lambda place=place, base=base: ptx.store(place + reader.column * 8, *base))
+            ptx.store(place + reader.column * 8, *base, only=reader.row.equals(0))
             bias = means[number] * restore[operand] * (LOG2_E / plan.head_dim**0.5)
             for parity in range(plan.shared_blocks):
                 mine = (reader.row // plan.stride).equals(parity)
                 value = select(mine, bias, F32.constant(float("-inf")))
-                target = place + reader.row * 4
-                when(
-                    reader.column.equals(0),
-                    lambda target=target, value=value, parity=parity: ptx.store(
-                        target, value, offset=(1 + parity) * COLUMNS * 4
-                    ),
+                ptx.store(
+                    place + reader.row * 4,
+                    value,
+                    offset=(1 + parity) * COLUMNS * 4,
+                    only=reader.column.equals(0),
                 )
         ptx.warp_barrier()
 
@@ -170,9 +165,9 @@ class BlockQueries:
         return registers, totals
 
 
-def _keep(place: I32, channels: list[F32]) -> None:
+def _keep(place: I32, channels: list[F32], *, only: Bool) -> None:
     for pair in range(len(channels) // 2):
-        ptx.store(place, *channels[2 * pair : 2 * pair + 2], offset=32 * pair)
+        ptx.store(place, *channels[2 * pair : 2 * pair + 2], offset=32 * pair, only=only)
 
 
 def _turn_back(x: F32, y: F32, phase: I32) -> tuple[F32, F32]:

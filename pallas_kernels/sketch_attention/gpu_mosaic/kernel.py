@@ -221,8 +221,8 @@ class Scores:
         )
         ptx.barrier()
         fixed = []
-        for number, (_, restore) in enumerate(loaded):
-            factor = reader.factor(restore, scales[number])
+        for number, (_, own) in enumerate(loaded):
+            factor = reader.factor(own, scales[number])
             total = reader.sum_all(reader.region(0, number))
             base_logit = [x * y * 0.5 for x, y in zip(total, factor, strict=True)]
             fixed.append(Columns(factor, base_logit, [F32.constant(0.0)] * 2))
@@ -465,7 +465,7 @@ def _keep_in_range(
     return (
         state.with_registers(result[len(flat) + 4 :]),
         unflatten(result[: len(flat)]),
-        result[len(flat) : len(flat) + 4],  # type: ignore[return-value]
+        result[len(flat) : len(flat) + 4],
     )
 
 

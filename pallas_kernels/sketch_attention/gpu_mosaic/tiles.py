@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pallas_kernels.mosaic_gpu import ptx
-from pallas_kernels.mosaic_gpu.registers import I32, I64, select, when
+from pallas_kernels.mosaic_gpu.registers import I32, I64, select
 from pallas_kernels.mosaic_gpu.sequence import Sequence
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import TILE, Plan
 from pallas_kernels.sketch_attention.gpu_mosaic.values import value_offset
@@ -72,24 +72,20 @@ class TileCopier:
         )
         place = target + plan.affine_row * _ROW + self.lane * 16
         if not plan.scaled:
-            when(self.lane.less(_PARTS), lambda: ptx.copy_async(place, self.shared + offset))
+            ptx.copy_async(place, self.shared + offset, only=self.lane.less(_PARTS))
             return
         # Tiles 0 and 1 of four lie in the first row of the pair, tiles 2 and 3 in the second.
         column = ((tile >> 2) * 2 + (tile & 1)) * (2 * TILE)
         scalars = ((tile >> 1) & 1) * plan.tokens + column
         own = self.shared + select(self.lane.less(_PARTS), tile * _ROW, scalars).wide()
-        when(self.lane.less(_PARTS + _PARTS // 2), lambda: ptx.copy_async(place, own))
+        ptx.copy_async(place, own, only=self.lane.less(_PARTS + _PARTS // 2))
 
     def _copy_rows(self, source: I64, rows: int, target: I32) -> None:
         for first in range(0, rows, 4):
-
-            def copy(first: int = first) -> None:
-                ptx.copy_async(target + first * _ROW, source, first * 4 * self.plan.tokens)
-
-            if rows - first >= 4:
-                copy()
-            else:
-                when((self.lane // _PARTS).less(rows - first), copy)
+            # Of fewer than four rows that are left, the other lanes copy nothing.
+            only = None if rows - first >= 4 else (self.lane // _PARTS).less(rows - first)
+            offset = first * 4 * self.plan.tokens
+            ptx.copy_async(target + first * _ROW, source, offset, only=only)
 
 
 @dataclass(frozen=True)

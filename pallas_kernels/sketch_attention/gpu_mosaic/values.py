@@ -118,7 +118,8 @@ class ValueReader:
     @classmethod
     def of(cls, layout: ValueLayout, first_row: int, row: I32, column: I32) -> "ValueReader":
         """The reader of a lane, given the row of a tile at which its values begin."""
-        offsets, high_offsets, selectors, high_shifts = [], [], [], []
+        offsets, high_offsets, high_shifts = [], [], []
+        selectors: list[I32 | None] = []
         for first, size in layout.chunks:
             word = (row & (size - 1)) + first
             part = row // size
@@ -184,9 +185,7 @@ class ValueReader:
             if shift is not None:
                 first, second = first >> shift, second >> shift
             chosen = self.selectors[chunk]
-            if chosen is None:
-                chosen = 0x7632 if upper else 0x5410
-            both = ptx.permute(first, second, chosen)
+            both = ptx.permute(first, second, chosen or (0x7632 if upper else 0x5410))
             return both >> 8 if byte else both
 
         low = pack(words[8 * chunk : 8 * chunk + 8], None)
