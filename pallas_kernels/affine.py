@@ -10,16 +10,22 @@ def quantise(
 ) -> tuple[Int32[Array, "*shape"], BFloat16[Array, "*shared"], BFloat16[Array, "*shared"]]:
     """Codes in `[0, 2ⁿ)`, and the scale and zero that numbers along `axis` share.
 
-    `zero = min x` and `scale = (max x - min x)/(2ⁿ - 1)`; codes are computed with both as they
-    are stored. The shape of scale and zero is that of `x` without `axis`.
+    `zero = min x` and `scale = (max x - min x)/(2ⁿ - 1)`; codes are the nearest, the even one
+    of two, with both as they are stored: the same on every backend. The shape of scale and zero is
+    that of `x` without `axis`.
     """
     x = x.astype(jnp.float32)
     top = 2**bits - 1
     lowest, highest = jnp.min(x, axis=axis), jnp.max(x, axis=axis)
-    zero, scale = _as_bfloat16(lowest), _as_bfloat16((highest - lowest) / top)
+    zero, scale = _as_bfloat16(lowest), _as_bfloat16((highest - lowest) * (1 / top))
     step, shift = (jnp.expand_dims(s, axis) for s in (scale, zero))
-    level = jnp.where(step > 0, (x - shift) / jnp.where(step > 0, step, 1.0), 0.0)
-    codes = jnp.clip(jnp.round(level), 0, top).astype(jnp.int32)
+    distance = x - shift
+    # Backends round quotients differently, while products with a bf16 scale are exact.
+    near = jnp.round(distance / jnp.where(step > 0, step, 1.0))
+    above, below, odd = (near + 0.5) * step, (near - 0.5) * step, near % 2 == 1
+    up = (distance > above) | (odd & (distance == above))
+    down = (distance < below) | (odd & (distance == below))
+    codes = jnp.where(step > 0, jnp.clip(near + up - down, 0, top), 0.0).astype(jnp.int32)
     return codes, scale.astype(jnp.bfloat16), zero.astype(jnp.bfloat16)
 
 

@@ -22,6 +22,8 @@ from pallas_kernels.sketch_attention import bench, bench_cases, sketch_attention
 from pallas_kernels.sketch_attention.bench_cases import PRESETS, Shape
 from pallas_kernels.sketch_attention.timing import Seconds
 
+pytestmark = pytest.mark.once
+
 TOY = Shape(2, 2, 2, 256, 32)
 
 
@@ -208,7 +210,6 @@ def test_a_random_cache_has_every_byte_of_a_real_one(preset):
         assert not np.array_equal(leaf[0, 0], leaf[1, 1]), "rows that are alike"
 
 
-@pytest.mark.once
 def test_decode_steps_are_greedy_decoding_from_the_cache():
     spec = CacheSpec.preset("h1b-signs")
     rng = jax.random.key(3)
@@ -226,7 +227,6 @@ def test_decode_steps_are_greedy_decoding_from_the_cache():
     np.testing.assert_array_equal(cache.key_words, expected.key_words)
 
 
-@pytest.mark.once
 def test_measuring_counts_the_cache_the_weights_and_the_tokens():
     found = decode.measure(CASE)
     spec = CacheSpec.preset("h1b")
@@ -238,7 +238,6 @@ def test_measuring_counts_the_cache_the_weights_and_the_tokens():
     assert found.versions["jax"] == jax.__version__
 
 
-@pytest.mark.once
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
     limit = 3_000_000
     monkeypatch.setattr(decode, "device_memory", lambda: {"bytes_limit": limit})
@@ -261,7 +260,6 @@ def test_no_largest_batch_where_the_device_tells_no_memory(monkeypatch):
         decode._largest_batch(decoder, CASE)
 
 
-@pytest.mark.once
 def test_bench_decode_measures_in_processes_of_its_own(capfd):
     code, lines = _bench(capfd, "decode", "--steps", "2", "--cache", "exact", "--json")
     settings, found = map(json.loads, lines)
@@ -322,7 +320,6 @@ def test_bench_prefill_reads_prompts_through_the_cache_and_exactly(capfd, monkey
     assert rows[4].startswith("| h1b, exact prefill | 3 | 500.00 (500.00 to 500.00) | 6 | 1.00 |")
 
 
-@pytest.mark.once
 def test_measuring_prefill_fills_the_cache():
     found = prefill.measure(replace(CASE, preset="h1b-signs", context=40, steps=0, repetitions=1))
     spec = CacheSpec.preset("h1b-signs")
@@ -352,7 +349,6 @@ def test_bench_decode_refuses_before_it_measures(capfd, monkeypatch, arguments, 
     assert re.match(f"h1bjax: error: {re.escape(message)}", capfd.readouterr().err)
 
 
-@pytest.mark.once
 def test_what_another_case_may_be_spared_is_no_end_of_the_bench():
     config = replace(TINY, model_type="mistral", sliding_window=64, head_dim=32)
     outcome = worker._outcome("decode", replace(CASE, config=config).to_json())

@@ -1,5 +1,6 @@
 """What can be known of the Mosaic GPU kernels without a GPU: that they lower, and to what."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +13,8 @@ from pallas_kernels.exact_attention import choose as choose_exact
 from pallas_kernels.exact_attention import exact_attention
 from pallas_kernels.mosaic_gpu.splitting import choose_splits
 from pallas_kernels.sketch_attention import choice, choose, sketch_attention
+
+pytestmark = pytest.mark.once
 
 MATRIX_OF_BITS = "m16n8k128.row.col.s32.b1.b1.s32.and.popc"
 MATRIX_OF_HALVES = "m16n8k16.row.col.f32.f16.f16.f32"
@@ -66,6 +69,18 @@ def test_exact_attention_lowers_for_cuda(heads, head_dim):
     function = jax.jit(lambda *arrays, stop: run(*arrays, stop=stop))
     traced = function.trace(query, stored, stored, layer, stop=stop)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_kernel_refuses_to_be_differentiated():
+    query, keys, values, layer, start, stop = build(CASES["one plane with its scalar"])[0]
+
+    def total(vectors):
+        changed = replace(query, vectors=vectors)
+        run = partial(sketch_attention, start=start, stop=stop, implementation="mosaic_gpu")
+        return run(changed, keys, values, layer).output.sum()
+
+    with pytest.raises(NotImplementedError, match="ask for implementation='xla'"):
+        jax.jit(jax.grad(total)).trace(query.vectors)
 
 
 # The choice

@@ -37,6 +37,8 @@ from h1bjax.cache.prefill import attention_channels
 from h1bjax.decoder import Decoder, init_codec
 from h1bjax.fused_attention import Choice
 
+pytestmark = pytest.mark.once
+
 filling = jax.jit(fill_and_attend, static_argnames=("exact_chunk", "implementation"))
 appending = jax.jit(append_and_attend)
 

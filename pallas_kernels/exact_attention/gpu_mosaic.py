@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.combine import combine
-from pallas_kernels.mosaic_gpu.launch import WARPS, Block, launch
+from pallas_kernels.mosaic_gpu.launch import WARPS, Block, launch, refusal_of_version
 from pallas_kernels.mosaic_gpu.merging import Column, Merging, over_rows
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, branch, select
 from pallas_kernels.mosaic_gpu.ring import Ring
@@ -36,6 +36,9 @@ def refusal(
     dtype: jnp.dtype,
 ) -> str | None:
     """Why the kernel cannot run these arguments; None if it can."""
+    version = refusal_of_version()
+    if version is not None:
+        return version
     _, queries, heads, head_dim = query.shape
     kv_heads = keys.shape[3] // head_dim
     if queries != 1:

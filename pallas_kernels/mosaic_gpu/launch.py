@@ -1,9 +1,8 @@
-"""Launching a kernel body over a grid, on any version of Pallas that is supported."""
+"""Launching a kernel body over a grid."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax import lax
@@ -17,6 +16,13 @@ from pallas_kernels.mosaic_gpu.registers import I32, I64
 
 WARPS = 4
 """Warps of a warpgroup, the unit in which threads are launched."""
+
+
+def refusal_of_version() -> str | None:
+    """Why kernels cannot be launched with the JAX that is installed; None if they can."""
+    if jax.__version_info__ < (0, 10, 2):
+        return f"jax {jax.__version__} copies what a kernel reads; install jax 0.10.2 or later"
+    return None
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ def launch(
         grid: blocks on each axis, the fastest first.
         warpgroups: groups of 128 threads in a block.
         shared_bytes: shared memory of a block.
+
+    Raises:
+        NotImplementedError: the result is differentiated.
     """
     names = tuple(f"block{axis}" for axis in range(len(grid)))
     references = len(operands) + len(results)
@@ -82,22 +91,23 @@ def launch(
         run(*references, *(lax.axis_index(name) for name in names))
 
     scratch = [plgpu.SMEM((max(shared_bytes, 128),), jax.numpy.int8)]
-    # Renamed in jax 0.10.2.
-    renamed = "out_type" in signature(plgpu.kernel).parameters
-    shapes: dict[str, Any] = (
-        {"out_type": list(results), "scratch_types": scratch}
-        if renamed
-        else {"out_shape": list(results), "scratch_shapes": scratch}
-    )
-    return plgpu.kernel(
+    launched = plgpu.kernel(
         kernel,
         grid=grid,
         grid_names=names,
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **shapes,
-    )(*operands)
+        out_type=list(results),
+        scratch_types=scratch,
+    )
+    without_gradient = jax.custom_jvp(launched)
+    without_gradient.defjvp(_no_gradient)
+    return without_gradient(*operands)
+
+
+def _no_gradient(*_: Any) -> NoReturn:
+    raise NotImplementedError("GPU kernels have no gradient; ask for implementation='xla'")
 
 
 def _global_address(reference: ir.Value) -> I64:
@@ -105,8 +115,4 @@ def _global_address(reference: ir.Value) -> I64:
 
 
 def _shared_address(reference: ir.Value) -> I32:
-    # jax 0.10.0 does not see by itself where a reference lies.
-    told = "memory_space" in signature(utils.memref_ptr).parameters
-    space = {"memory_space": utils.WORKGROUP_NVPTX_ADDRESS_SPACE} if told else {}
-    pointer = utils.memref_ptr(reference, **space)
-    return I32(llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer))
+    return I32(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(reference)))

@@ -1,12 +1,16 @@
 """The three Triton kernels of `gpu_triton`: encode the queries, attend, combine.
 
 Bits and value codes are never converted to floats. A field masked out of its word, with the rest
-of a half word zero, already is a float16 subnormal: a code `n` in the low nibble of a byte reads
-`n · 2⁻²⁴`, in the high nibble `n · 2⁻²⁰`, and bit `p` of a byte `2ᵖ⁻²⁴`. Tensor cores multiply
-subnormals exactly, so powers of two folded into the other operand or the result undo these.
+of a half word zero, already is a float16: a code `n` in the low nibble of the lower byte reads
+`n · 2⁻²⁴` and in the high nibble `n · 2⁻²⁰`, subnormals, and a bit a power of two. Tensor cores
+multiply these exactly, so powers of two folded into the other operand or the result undo them. But
+they add with as many bits below the largest product that the operands' exponents allow, and
+subnormals have the exponent of 2⁻¹⁴: a subnormal of 2⁻²⁴ costs sums ten bits. Values can spare
+these. Bits are put where they read 2⁻¹⁶ and more.
 
-Floats that multiply them are normalised by powers of two, found as exponent fields: `e` with the
-sign and mantissa bits zero, as int32, so that `_power(b, e)` is `2ᵇ` times or over that power.
+Floats that multiply them are normalised by powers of two, found as exponent fields: floats with the
+sign and mantissa bits zero, as int32. `_over` gives the factor that normalises, `_times` its
+inverse.
 """
 
 import triton
@@ -14,7 +18,8 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_SUBNORMAL = tl.constexpr(16777216.0)  # 2²⁴
+_BIT_UNIT = tl.constexpr(65536.0)  # A bit of plane 0 reads 2⁻¹⁶.
+_BITS_ABOVE_UNIT = tl.constexpr(0x32953210)  # Nibble p: by what power of two a bit of plane p does.
 _MANTISSA = tl.constexpr(23)
 _EXPONENT_FIELD = tl.constexpr(0x7F800000)
 _HALF_PEAK = tl.constexpr(14)  # Normalised float16s lie below 2¹⁵.
@@ -54,8 +59,9 @@ def encode_queries(
     Reads `vectors` [batch, heads, DIM], `transform` [KV_HEADS, DIM, BITS] and `scale` [heads]; with
     ROPE also `cos` and `sin` [BLOCKS, DIM/2] of the angles by which a block's queries are turned,
     and `mean` [KV_HEADS, DIM], already divided by √DIM. Writes `coefficients` [cells, rows, BITS]
-    float16, bit plane `p` multiplied by 2⁻ᵖ, or where SIGNED [cells, rows, BITS/32] sign words; and
-    `lines` [cells, rows, 3]: gain, offset and bias. A cell is a (batch, KV head).
+    float16, less by as much as `_bit` gives more for their plane, or where SIGNED [cells, rows,
+    BITS/32] sign words; and `lines` [cells, rows, 3]: gain, offset and bias. A cell is a (batch, KV
+    head).
     """
     WORDS: tl.constexpr = BITS // 32
     HALF_DIM: tl.constexpr = DIM // 2
@@ -113,10 +119,11 @@ def encode_queries(
         peak = tl.maximum(peak, _SMALLEST)
         half = (read * _over(peak)[:, None]).to(tl.float16).to(tl.float32)
         undo = gain * _times(peak)
-        gain = 2.0 * undo * _SUBNORMAL
+        gain = 2.0 * undo * _BIT_UNIT
         offset = undo * tl.sum(half, 1)
         plane = column // (4 * WORDS)
-        half *= ((127 - plane) << _MANTISSA).to(tl.float32, bitcast=True)[None, :]
+        above = (_BITS_ABOVE_UNIT >> (4 * plane)) & 15
+        half *= ((127 - above) << _MANTISSA).to(tl.float32, bitcast=True)[None, :]
         tl.store(
             coefficients + place[:, None] * BITS + column[None, :],
             half.to(tl.float16),
@@ -438,16 +445,18 @@ def _nibble_unit(j):
 
 @triton.constexpr_function
 def _bit_assembly(p):
-    mask = 0x00010001 << p
+    # Above bit 13 of a half word, a bit reads too much or is its sign.
+    place, shift = (8 + p, "") if p < 6 else (4 + p, "shr.b32 $0, $0, 4; shr.b32 $1, $1, 4;")
+    mask = 0x00010001 << place
     return (
-        "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; "
+        f"prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; {shift} "
         f"and.b32 $0, $0, {mask}; and.b32 $1, $1, {mask};"
     )
 
 
 @triton.jit
 def _bit(packed, p: tl.constexpr):
-    """Bit `p` of each byte as a float16 subnormal; takes bytes in fours."""
+    """Bit `p` of each byte as 2⁻¹⁶, or that times a power in `_BITS_ABOVE_UNIT`; bytes in fours."""
     return tl.inline_asm_elementwise(
         _bit_assembly(p), "=&r,=&r,r", args=[packed], dtype=tl.float16, is_pure=True, pack=4
     )

@@ -17,6 +17,7 @@ from pallas_kernels.append.arguments import KeyEncoder, StoredTokens, Token
 from pallas_kernels.append.gpu_mosaic.block import append_block
 from pallas_kernels.append.gpu_mosaic.places import ROWS, WARPS, GlobalArray, Layout
 from pallas_kernels.mosaic_gpu.launch import WARPS as WARPS_OF_A_GROUP
+from pallas_kernels.mosaic_gpu.launch import refusal_of_version
 from pallas_kernels.mosaic_gpu.registers import I32, I64
 
 _WIDEST = 256
@@ -39,8 +40,9 @@ def refusal(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> str | No
         return f"{encoder.projection.shape[-2]} components are no multiple of 32"
     if Layout.of(encoder).nbytes > _SHARED_BYTES:
         return f"a sketch of {encoder.bits} bits does not fit into a block's shared memory"
-    if jax.__version_info__ < (0, 10, 2):
-        return f"jax {jax.__version__} copies what a kernel reads; 0.10.2 does not"
+    version = refusal_of_version()
+    if version is not None:
+        return version
     return None
 
 

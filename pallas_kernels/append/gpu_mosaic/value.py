@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pallas_kernels.append.gpu_mosaic.places import GlobalArray, Layout, Place, one_if
+from pallas_kernels.append.gpu_mosaic.places import GlobalArray, Layout, Place
 from pallas_kernels.mosaic_gpu import ptx, registers
 from pallas_kernels.mosaic_gpu.registers import F32
 from pallas_kernels.packing import words_per_column
@@ -43,14 +43,10 @@ def write_value(
     zero, scale = ptx.to_bfloat16(lowest), ptx.to_bfloat16((highest - lowest) * (1 / top))
     shift, step = (zero << 16).as_float(), (scale << 16).as_float()
     some = step.greater(0.0)
-    inverse = ptx.reciprocal(registers.select(some, step, registers.F32.constant(1.0)))
+    divisor = registers.select(some, step, registers.F32.constant(1.0))
     codes = here.shared + here.member * (4 * layout.head_dim)
     for i, x in enumerate(vector):
-        distance = x - shift
-        near = ptx.nearest(distance * inverse)
-        code = near.to_integer()
-        code = code + one_if(distance.at_least((near + 0.5) * step))
-        code = code - one_if(((near - 0.5) * step).greater(distance))
+        code = ptx.nearest(ptx.divide(x - shift, divisor)).to_integer()
         code = registers.select(some, code.maximum(0).minimum(top), registers.I32.constant(0))
         ptx.store(codes + here.lane * 4, code, offset=layout.codes + 128 * i)
     ptx.warp_barrier()

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Int32
 
 from pallas_kernels.mosaic_gpu.combine import combine
-from pallas_kernels.mosaic_gpu.launch import Block, launch
+from pallas_kernels.mosaic_gpu.launch import Block, launch, refusal_of_version
 from pallas_kernels.mosaic_gpu.registers import I64
 from pallas_kernels.packing import pack_column
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
@@ -32,6 +32,9 @@ _WIDEST = 256
 
 def refusal(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> str | None:
     """Why the kernel cannot run these arguments; None if it can."""
+    version = refusal_of_version()
+    if version is not None:
+        return version
     queries, heads, head_dim = query.vectors.shape[1:]
     kv_heads, _, bits = query.transform.shape
     if queries != 1:

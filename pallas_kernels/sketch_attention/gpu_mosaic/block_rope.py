@@ -78,9 +78,7 @@ class BlockQueries:
         rows, means = self._rows(block)
         region = reader.region(reader.warp)
         transform = reader.shared + plan.shared.transform
-        first = I32.constant(0)
-        loaded = reader.load_fragments(first, transform)
-        reader.transform(rows, first, 1, region, transform, loaded)
+        reader.transform(rows, I32.constant(0), 1, region, transform)
         ptx.warp_barrier()
         places = reader.shared + plan.shared.columns + reader.warp * plan.column_bytes
         for number in range(plan.sets):

@@ -1,9 +1,12 @@
 """Queries as operands that meet the sign bits of keys.
 
-A masked bit of a half word is a subnormal float16, `bit · 2^(m - 24)`, so sign bits are operands
-as they are. The query's coefficients `Aᵀq` are the other operand: float16, scaled by `2^-m` to
-make up for the place of the bit. What the tensor cores sum is the coefficients of the bits that
-are set; with the sum of all of them that gives the sum over signs, `2·set - all`.
+A masked bit of a half word is a power of two in float16, so sign bits are operands as they are.
+The query's coefficients `Aᵀq` are the other operand: float16, divided by what their bit stands for.
+What the tensor cores sum is the coefficients of the bits that are set; with the sum of all of them
+that gives the sum over signs, `2·set - all`.
+
+Bits are moved to positions 8 to 13, which stand for 2⁻¹⁶ and more: tensor cores align products as
+if subnormal numbers were as large as 2⁻¹⁴, so that smaller ones lose precision.
 """
 
 from dataclasses import dataclass
@@ -19,9 +22,13 @@ from pallas_kernels.sketch_attention.arguments import PreparedTransform
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, Plan
 
 _SPREAD = 0x00010001
-# Coefficients are at most 2¹⁴, far from the largest float16, and the smallest scale is 2⁻⁷.
+# What bit m of a byte is worth as an operand, in units of 2⁻¹⁶: 2 to this power. Bits 0…5 lie at
+# positions 8…13, of which 10 and more belong to the exponent; bits 6 and 7 at positions 10 and 11.
+_WORTH = (0, 1, 2, 3, 5, 9, 2, 3)
+_WORTH_NIBBLES = sum(worth << 4 * m for m, worth in enumerate(_WORTH))
+_UNIT = 16
+# Coefficients are at most 2¹⁴, far from the largest float16 even before they are divided.
 _LARGEST = 14
-_SUBNORMAL = 24
 LOG2_E = 1.4426950408889634
 
 
@@ -136,7 +143,7 @@ class QueryReader:
         return base + index * plan.coefficient_bytes + number * per_set
 
     def sum_set_bits(self, words: list[list[I32]], operand: list[list[list[I32]]]) -> list[F32]:
-        """Sums of the coefficients of set bits, times 2⁻²⁴, for 16 tokens and 8 columns.
+        """Sums of the coefficients of set bits, times 2⁻¹⁶, for 16 tokens and 8 columns.
 
         Args:
             words: for each read, the words of the tokens at rows r and r + 8.
@@ -144,10 +151,12 @@ class QueryReader:
         """
         total = [F32.constant(0.0)] * 4
         for (first, second), coefficients in zip(words, operand, strict=True):
-            upper_first, upper_second = first >> 8, second >> 8
+            # Even bytes, then odd ones, in the upper bytes of both halves.
+            bytes_of = [first << 8, second << 8, first, second]
+            lowered = [first << 4, second << 4, first >> 4, second >> 4]
             for m, registers in enumerate(coefficients):
-                mask = _SPREAD << m
-                bits = [first & mask, second & mask, upper_first & mask, upper_second & mask]
+                source, position = (bytes_of, 8 + m) if m < 6 else (lowered, 4 + m)
+                bits = [word & (_SPREAD << position) for word in source]
                 total = ptx.multiply_halves(bits, registers, total)
         return total
 
@@ -170,7 +179,7 @@ class QueryReader:
             restore: undoes the normalisation of the query at the lane's row.
             scales: what `load_scales` gave.
         """
-        constant = LOG2_E * 2.0 ** (1 + _SUBNORMAL - _LARGEST)
+        constant = LOG2_E * 2.0 ** (1 + _UNIT - _LARGEST)
         return [
             scale * ptx.shuffle(restore, (self.column * 2 + e) * 4) * self.norm * constant
             for e, scale in enumerate(scales)
@@ -213,7 +222,7 @@ class QueryReader:
         step: int,
         region: I32,
         fragments: I64 | I32,
-        loaded: list[I32],
+        loaded: list[I32] | None = None,
     ) -> None:
         """Multiplies queries with the transform, and stores the coefficients as operands.
 
@@ -223,20 +232,24 @@ class QueryReader:
             step: distance to the next one.
             region: where to.
             fragments: address of the transform, in global or shared memory.
-            loaded: what `load_fragments` gave for the first.
+            loaded: what `load_fragments` gave for the first product; then those of the next are
+                loaded ahead, as is good for global memory. None loads each when it is needed,
+                which takes fewer registers.
         """
         plan = self.plan
         lane_bytes = self.lane * 16
 
-        def multiply(item: I32, loaded: list) -> list:
-            ahead = self.load_fragments(item + step, fragments)
+        def multiply(item: I32, carry: list) -> list:
+            ahead = self.load_fragments(item + step, fragments) if carry else []
+            place = fragments + (item * (512 * plan.slices) + lane_bytes)
             products = [[F32.constant(0.0)] * 4 for _ in range(2)]
             for part in range(plan.slices):
+                words = carry[4 * part : 4 * part + 4] or ptx.load(place, 512 * part, count=4)
                 for second in range(2):
-                    operand = loaded[4 * part + 2 * second : 4 * part + 2 * second + 2]
+                    operand = words[2 * second : 2 * second + 2]
                     products[second] = ptx.multiply_halves(rows[part], operand, products[second])
-            m = item & 7
-            shrink = ((I32.constant(127 + _LARGEST) - m) << 23).as_float()
+            worth = (I32.constant(_WORTH_NIBBLES) >> ((item & 7) * 4)) & 15
+            shrink = ((I32.constant(127 + _LARGEST) - worth) << 23).as_float()
             # Item `8·read + m` holds half of what a lane reads at once.
             place_in = region + ((item >> 1) * 512 + (item & 1) * 8 + lane_bytes)
             for number in range(plan.sets):
@@ -247,7 +260,7 @@ class QueryReader:
                 ptx.store(place_in, *halves, offset=number * plan.key_reads * 2048)
             return ahead
 
-        loop(first, I32.constant(8 * plan.key_reads), step, loaded, multiply)
+        loop(first, I32.constant(8 * plan.key_reads), step, loaded or [], multiply)
 
     def load_fragments(self, item: I32, fragments: I64 | I32) -> list[I32]:
         """What a lane needs of the transform for one product: four words for every slice.

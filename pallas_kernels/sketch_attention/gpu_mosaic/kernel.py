@@ -81,9 +81,11 @@ def attend(plan: Plan, block: Block, operands: Operands) -> None:
 
     def consume(index: I32, place: I32, registers: list) -> list:
         state = softmax.with_registers(registers)
+        tile = sequence.at(index)
+        # Before the tile is loaded, while more registers are free.
+        scores.begin(index, tile)
         words, affine, scalars = keys.load(place)
         codes = values.load(place)
-        tile = sequence.at(index)
         logits = scores.logits(index, tile, words, scalars, state.reference)
         state, logits, affine = _keep_in_range(
             plan, sequence, index, tile, lane, state, logits, affine
@@ -270,6 +272,24 @@ class Scores:
             )
         return result
 
+    def begin(self, index: I32, tile: I32) -> None:
+        """Turns the queries, if that must be done before a tile.
+
+        Args:
+            index: of the tile in the warp's sequence.
+            tile: its number.
+        """
+        turned = self.turned
+        if turned is not None:
+            factors = [columns.factor for columns in self.fixed]
+            first = self._position(index).equals(0)
+            when(first, lambda: turned.update(tile, self.restore, factors))
+
+    def _position(self, index: I32) -> I32:
+        """Place of a tile among those whose operands are computed at once."""
+        group = self.lane.plan.tiles_per_group
+        return index % group if group > 1 else I32.constant(0)
+
     def _operands(self, index: I32, tile: I32) -> tuple[list[I32], list[Columns]]:
         """Address of each operand that the tile meets, and what is known of its columns."""
         plan, reader = self.lane.plan, self.reader
@@ -277,10 +297,7 @@ class Scores:
             regions = [] if reader is None else [reader.region(0, n) for n in range(plan.operands)]
             return regions, self.fixed
         assert reader is not None
-        turned, group = self.turned, plan.tiles_per_group
-        position = index % group if group > 1 else I32.constant(0)
-        factors = [columns.factor for columns in self.fixed]
-        when(position.equals(0), lambda: turned.update(tile, self.restore, factors))
+        turned, position = self.turned, self._position(index)
         regions, columns = [], []
         for number in range(plan.operands):
             chosen: I32 | int = number

@@ -9,6 +9,9 @@ from pallas_kernels.sketch_attention.gpu_mosaic.plan import TILE, Plan
 WARPS_PER_PROCESSOR = 16
 """Warps that a multiprocessor holds at the kernel's use of registers."""
 WARPGROUPS = 2
+"""Of most kernels, which use up to 128 registers: two blocks share a multiprocessor."""
+TIGHT_WARPGROUPS = 4
+"""Of kernels that would use more: the compiler limits blocks of 512 threads to 128 registers."""
 STAGES = 2
 OVERHEAD = 2.0
 """Cost of a block's start and end, in tiles of a warp."""
@@ -19,6 +22,8 @@ SHARED_BYTES = 227 * 1024
 def divide(**call: Any) -> Plan:
     """The plan of a call: its facts, and how many splits and warps to use."""
     plan = Plan(**call, stages=STAGES, splits=1, warpgroups=WARPGROUPS)
+    if _tight(plan):
+        plan = replace(plan, warpgroups=TIGHT_WARPGROUPS)
     while plan.shared.size > SHARED_BYTES and plan.warpgroups > 1:
         plan = replace(plan, warpgroups=plan.warpgroups // 2)
     splits = choose_splits(
@@ -28,3 +33,9 @@ def divide(**call: Any) -> Plan:
         overhead=OVERHEAD * plan.tiles_per_group,
     )
     return replace(plan, splits=splits)
+
+
+def _tight(plan: Plan) -> bool:
+    """Whether a kernel would use somewhat more than 128 registers, but can do with as many."""
+    demanding = plan.key_reads > 1 or plan.period is not None
+    return demanding and plan.operands == 1 and plan.head_dim <= 128
