@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from sketch_cases import CASES, KERNEL_CASES, build
 
@@ -12,7 +13,9 @@ from pallas_kernels import choice as log
 from pallas_kernels.exact_attention import choose as choose_exact
 from pallas_kernels.exact_attention import exact_attention
 from pallas_kernels.mosaic_gpu.splitting import choose_splits
+from pallas_kernels.packing import pack_column
 from pallas_kernels.sketch_attention import choice, choose, sketch_attention
+from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
 
 pytestmark = pytest.mark.once
 
@@ -69,6 +72,28 @@ def test_exact_attention_lowers_for_cuda(heads, head_dim):
     function = jax.jit(lambda *arrays, stop: run(*arrays, stop=stop))
     traced = function.trace(query, stored, stored, layer, stop=stop)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("bits", [64, 96, 128, 192, 256])
+def test_the_transform_waits_where_the_bits_of_keys_lie(bits):
+    head_dim = 32
+    transform = np.random.default_rng(0).normal(size=(1, head_dim, bits)).astype(np.float32)
+    prepared = prepare_transform(jnp.asarray(transform))
+    halves = np.asarray(prepared.fragments)[0].view(np.float16) * float(prepared.norm[0])
+    channel = np.arange(head_dim)
+    part, upper, column, half = (channel // 16, channel % 16 // 8, channel % 8 // 2, channel % 2)
+    for field in range(bits):
+        words = np.asarray(pack_column(jnp.arange(bits) == field, 1)).view(np.uint32)
+        word = int(np.flatnonzero(words)[0])
+        byte, bit = divmod(int(words[word]).bit_length() - 1, 8)
+        # Lane c of a row of lanes has word c of four, or half the bits of word c mod 2.
+        read, lane = divmod(word, 4)
+        if bits == 64:
+            lane, bit = word + bit // 4 * 2, bit % 4
+        register = 2 * (byte % 2) + upper
+        row = 4 * (2 * lane + byte // 2) + column
+        found = halves[read, bit, part, row, 2 * register + half]
+        np.testing.assert_allclose(found, transform[0, :, field], rtol=1e-3, atol=1e-4)
 
 
 def test_a_kernel_refuses_to_be_differentiated():

@@ -62,11 +62,12 @@ class PreparedTransform:
 
     Attributes:
         fragments: pairs of float16; the last axis is what one lane reads at once, and `reads` is
-            a quarter of the words of a sketch, rounded up.
+            a quarter of the words of a sketch, rounded up, `steps` the bits of a byte that a lane
+            takes, and `slices` are of 16 channels.
         norm: what the fragments must be multiplied by.
     """
 
-    fragments: Int32[Array, "layers kv_heads reads 8 slices 32 4"]
+    fragments: Int32[Array, "layers kv_heads reads steps slices 32 4"]
     norm: Float32[Array, "layers kv_heads"]
 
 

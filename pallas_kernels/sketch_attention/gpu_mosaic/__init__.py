@@ -18,7 +18,8 @@ from pallas_kernels.mosaic_gpu.registers import I64
 from pallas_kernels.packing import pack_column
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
-from pallas_kernels.sketch_attention.gpu_mosaic.kernel import Operands, attend
+from pallas_kernels.sketch_attention.gpu_mosaic.kernel import attend
+from pallas_kernels.sketch_attention.gpu_mosaic.lane import Operands
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import Plan
 from pallas_kernels.sketch_attention.gpu_mosaic.tuning import divide
 from pallas_kernels.sketch_attention.gpu_mosaic.values import ValueLayout

@@ -43,7 +43,7 @@ class BlockQueries:
 
             loop(block.thread, I32.constant(words // 4), threads, [], step)
 
-        copy(reader.fragments, shared.transform, plan.key_reads * 8 * plan.slices * 128)
+        copy(reader.fragments, shared.transform, plan.transform_bytes // 4)
         copy(self.mean, shared.mean, plan.head_dim)
 
         def turn(index: I32, carry: list) -> list:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
 from pallas_kernels.sketch_attention.arguments import PreparedTransform
-from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, Plan
+from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, Plan, bit_steps, halved
 
 _SPREAD = 0x00010001
 # What bit m of a byte is worth as an operand, in units of 2⁻¹⁶: 2 to this power. Bits 0…5 lie at
@@ -53,11 +53,11 @@ def prepare_transform(
 
 
 def _places(head_dim: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Channels `[reads, 8, slices, 32, 4, 2]` and bits `[reads, 8, slices, 32, 4]` of fragments."""
-    words = bits // 32
+    """Channels `[reads, steps, slices, 32, 4, 2]` of fragments, and their bits without the last."""
+    words, steps = bits // 32, bit_steps(bits)
     read, m, part, lane, register = np.meshgrid(
         np.arange(-(-words // 4)),
-        np.arange(8),
+        np.arange(steps),
         np.arange(head_dim // 16),
         np.arange(32),
         np.arange(4),
@@ -69,6 +69,9 @@ def _places(head_dim: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     # Column `2c + e` of an operand becomes row `2c + e` of the next; c takes word c of its four.
     word = 4 * read + row // 2
     byte = 2 * (row % 2) + second
+    if halved(bits):
+        word, upper_bits = word % 2, word // 2
+        m = m + steps * upper_bits
     field = 4 * words * m + 4 * word + byte
     return np.stack([channel, channel + 1], axis=-1), np.where(word < words, field, bits)
 
@@ -128,10 +131,10 @@ class QueryReader:
             read: which four words of a sketch.
         """
         registers: list[I32] = []
-        for pair in range(4):
+        for pair in range(self.plan.bit_steps // 2):
             offset = (4 * read + pair) * 512
             registers += ptx.load(region + self.lane * 16, offset, count=4)
-        return [registers[2 * m : 2 * m + 2] for m in range(8)]
+        return [registers[2 * m : 2 * m + 2] for m in range(self.plan.bit_steps)]
 
     def region(self, index: I32 | int, number: int = 0) -> I32:
         """Address of the operands of a set; `index` is the warp's where each has its own."""
@@ -228,7 +231,7 @@ class QueryReader:
 
         Args:
             rows: operand of 16 queries, for every slice of channels.
-            first: the first of the products that this warp computes, of `8 · key_reads`.
+            first: the first of the products that this warp computes.
             step: distance to the next one.
             region: where to.
             fragments: address of the transform, in global or shared memory.
@@ -250,7 +253,7 @@ class QueryReader:
                     products[second] = ptx.multiply_halves(rows[part], operand, products[second])
             worth = (I32.constant(_WORTH_NIBBLES) >> ((item & 7) * 4)) & 15
             shrink = ((I32.constant(127 + _LARGEST) - worth) << 23).as_float()
-            # Item `8·read + m` holds half of what a lane reads at once.
+            # Product `8·read + m` gives half of what a lane reads at once.
             place_in = region + ((item >> 1) * 512 + (item & 1) * 8 + lane_bytes)
             for number in range(plan.sets):
                 halves = [
@@ -260,14 +263,14 @@ class QueryReader:
                 ptx.store(place_in, *halves, offset=number * plan.key_reads * 2048)
             return ahead
 
-        loop(first, I32.constant(8 * plan.key_reads), step, loaded or [], multiply)
+        loop(first, I32.constant(plan.products), step, loaded or [], multiply)
 
     def load_fragments(self, item: I32, fragments: I64 | I32) -> list[I32]:
         """What a lane needs of the transform for one product: four words for every slice.
 
         Beyond the last product it reads the last one again.
         """
-        item = item.minimum(8 * self.plan.key_reads - 1)
+        item = item.minimum(self.plan.products - 1)
         place = fragments + (item * (512 * self.plan.slices) + self.lane * 16)
         words = []
         for part in range(self.plan.slices):

@@ -83,6 +83,26 @@ class Plan:
         return -(-self.key_words // 4)
 
     @property
+    def halved(self) -> bool:
+        """Whether two lanes share a word of a sketch: each takes half of the bits of its bytes."""
+        return halved(self.bits) and not self.signed
+
+    @property
+    def bit_steps(self) -> int:
+        """Bits of a byte that a lane takes."""
+        return bit_steps(self.bits)
+
+    @property
+    def products(self) -> int:
+        """Products of queries and transform that give all coefficients."""
+        return self.key_reads * self.bit_steps
+
+    @property
+    def transform_bytes(self) -> int:
+        """Bytes of the prepared transform of a KV head."""
+        return self.products * self.slices * 512
+
+    @property
     def value_words(self) -> int:
         """Words of a value's codes."""
         return words_per_column(self.head_dim, self.value_bits)
@@ -158,7 +178,7 @@ class Plan:
         finite = self.period is not None
         sizes = {
             "tiles": self.warps * self.stages * self.tile_bytes,
-            "transform": self.key_reads * 8 * self.slices * 512 if finite else 0,
+            "transform": self.transform_bytes if finite else 0,
             "queries": self.groups * self.head_dim * 4 if finite else 0,
             "mean": self.head_dim * 4 if finite else 0,
             "turns": self.head_dim * 2 if finite else 0,
@@ -196,3 +216,13 @@ class SharedMemory:
     coefficients: int
     columns: int
     size: int
+
+
+def halved(bits: int) -> bool:
+    """Whether a sketch is too short for four lanes to have a word each."""
+    return bits == 64
+
+
+def bit_steps(bits: int) -> int:
+    """Bits of a byte that a lane takes of a sketch."""
+    return 4 if halved(bits) else 8

@@ -1,16 +1,13 @@
 """Tiles on their way from global memory through shared memory into registers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import I32, I64, select
 from pallas_kernels.mosaic_gpu.sequence import Sequence
+from pallas_kernels.sketch_attention.gpu_mosaic.lane import Lane
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import TILE, Plan
 from pallas_kernels.sketch_attention.gpu_mosaic.values import value_offset
-
-if TYPE_CHECKING:
-    from pallas_kernels.sketch_attention.gpu_mosaic.kernel import Lane
 
 _ROW = 4 * TILE
 _PARTS = 8
@@ -41,7 +38,7 @@ class TileCopier:
     shared: I64
 
     @classmethod
-    def of(cls, lane: "Lane", sequence: Sequence) -> "TileCopier":
+    def of(cls, lane: Lane, sequence: Sequence) -> "TileCopier":
         """The copier of a lane."""
         plan, operands, block = lane.plan, lane.operands, lane.block
         number = block.lane
@@ -103,13 +100,14 @@ class KeyReader:
     token: I32
 
     @classmethod
-    def of(cls, lane: "Lane") -> "KeyReader":
+    def of(cls, lane: Lane) -> "KeyReader":
         """The reader of a lane."""
         plan = lane.plan
-        words = [
-            key_offset((lane.column + 4 * read).minimum(plan.key_words - 1), lane.token >> 2)
-            for read in range(plan.key_reads)
-        ]
+        words = []
+        for read in range(plan.key_reads):
+            own = lane.column + 4 * read
+            own = own & 1 if plan.halved else own.minimum(plan.key_words - 1)
+            words.append(key_offset(own, lane.token >> 2))
         return cls(plan, words, lane.token)
 
     def load(self, tile: I32) -> tuple[list[list[I32]], list[I32], list[I32]]:
