@@ -141,10 +141,12 @@ def exact_attention(
 
 
 def _divide(plan: _Plan) -> _Plan:
-    """The plan with as many warps and stages as fit, and its splits."""
+    """The plan with as many warps and stages as fit and have work, and its splits."""
+    short = plan.tokens <= TILE * WARPS
+    choices = ((1, 3), (1, 2)) if short else ((2, 3), (2, 2), (1, 3), (1, 2))
     plan = next(
         divided
-        for warpgroups, stages in ((2, 3), (2, 2), (1, 3), (1, 2))
+        for warpgroups, stages in choices
         if (divided := replace(plan, warpgroups=warpgroups, stages=stages)).shared_bytes
         <= _SHARED_BYTES
     )
