@@ -335,12 +335,11 @@ class Decoder(nnx.Module):
         fresh: bool,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
         frequencies, turned = self._frequencies(), self._turn(positions)
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         prepared = PreparedCodec.of(cache.spec, self.codec)
 
-        def step(carry: tuple[Array, KVCache], layer: tuple) -> tuple[tuple[Array, KVCache], None]:
-            x, cache = carry
-            index, weights, codec = layer
+        def step(carry: tuple[Array, Array, KVCache], layer: tuple) -> tuple[tuple, None]:
+            index, x, cache = carry
+            weights, codec = layer
 
             def attend(
                 codec: CodecParameters | None, query: Array, key: Array, value: Array
@@ -359,10 +358,13 @@ class Decoder(nnx.Module):
                     prepared=prepared,
                 )
 
-            return self._layer(weights, codec, x, turned, attend), None
+            x, cache = self._layer(weights, codec, x, turned, attend)
+            return (index + 1, x, cache), None
 
-        # The stacked cache is the carry, so that each layer writes into it where it lies.
-        return jax.lax.scan(step, (x, cache), (indices, self.layers, self.codec))[0]
+        # The stacked cache is the carry, so that each layer writes into it where it lies; so is the
+        # layer's number, which would have to be copied out of an array of numbers.
+        (_, x, cache), _ = jax.lax.scan(step, (jnp.int32(0), x, cache), (self.layers, self.codec))
+        return x, cache
 
     def _dense(self, positions: Int32[Array, "batch tokens"], spec: CacheSpec) -> "_Attend":
         frequencies = self._frequencies()

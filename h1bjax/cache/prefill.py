@@ -210,7 +210,7 @@ def _features(
         block: where each token's RoPE block begins; None for an infinite period.
     """
     logit_scale = codec.logit_scale(scoring.vectors.shape[-1])
-    temperature = (scoring.scale / logit_scale)[:, None]
+    temperature = jnp.asarray(scoring.scale)[:, None] / logit_scale
     key_scale = None if encoded.scale is None else encoded.scale.astype(jnp.float32)[..., None]
     if scoring.signed:
         query, keys = sign_features(scoring.vectors, scoring.transform), encoded.signs

@@ -51,7 +51,7 @@ def sketch_query(
     """
     head_dim = query.shape[-1]
     fitted = spec.scores == "fitted"
-    # A constant costs nothing, where an array of ones would be filled in every layer.
+    # Known while compiling, so that it need not be an array on the device.
     temperature = parameters.temperature[...] if fitted else np.ones(query.shape[2], np.float32)
     shift = parameters.offset[...] if fitted else jnp.zeros(query.shape[2])
     shift = jnp.broadcast_to(shift, query.shape[:3])
@@ -68,7 +68,7 @@ def sketch_query(
         SketchQuery(
             vectors,
             codec.query_transform(parameters),
-            jnp.asarray(temperature * np.float32(codec.logit_scale(head_dim))),
+            temperature * np.float32(codec.logit_scale(head_dim)),
             variance=half_variance(spec, codec, vectors),
             rope=rope,
             signed=codec.signed_query,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt16
 
 
@@ -84,7 +85,8 @@ class SketchQuery:
     Attributes:
         vectors: queries after RoPE.
         transform: the linear decoder of the keys, or the projection of a signed query.
-        scale: factor of each query head.
+        scale: factor of each query head; in a NumPy array, and the same for all, it is compiled
+            into a kernel instead of being passed.
         variance: half the variance of the logit per squared code norm; None for raw scores.
         rope: the finite RoPE period; None when keys were sketched with their full RoPE.
         prepared: what `prepare_transform` made of the transforms of all layers; None leaves that
@@ -96,7 +98,7 @@ class SketchQuery:
 
     vectors: Float[Array, "batch queries heads head_dim"]
     transform: Float[Array, "kv_heads head_dim bits"]
-    scale: Float[Array, "heads"]
+    scale: Float[Array | np.ndarray, "heads"]
     variance: Float[Array, "batch queries heads"] | None = None
     rope: BlockRope | None = None
     prepared: PreparedTransform | None = None

@@ -260,12 +260,13 @@ def plan(
 
 
 def _encoder_arguments(query: SketchQuery, capacity: int) -> tuple[Array, ...]:
+    scale = jnp.asarray(query.scale)
     if query.rope is None:
-        cos = sin = mean = query.scale
+        cos = sin = mean = scale
     else:
         cos, sin = _turns(query.rope, capacity)
         mean = query.rope.mean / query.vectors.shape[-1] ** 0.5
-    return query.vectors, query.transform, query.scale, cos, sin, mean
+    return query.vectors, query.transform, scale, cos, sin, mean
 
 
 def _turns(

@@ -64,7 +64,7 @@ def sketch_scores(query: SketchQuery, keys: PackedKeys, layer: Int32[Array, ""])
     """Logits of the queries against any block of the sketched keys of one layer."""
     kv_heads, head_dim, bits = query.transform.shape
     vectors = rearrange(query.vectors.astype(jnp.float32), "b q (k g) d -> b k g q d", k=kv_heads)
-    scale = rearrange(query.scale, "(k g) -> k g 1 1", k=kv_heads)
+    scale = rearrange(jnp.asarray(query.scale), "(k g) -> k g 1 1", k=kv_heads)
 
     def scores(
         first: Int32[Array, ""], length: int

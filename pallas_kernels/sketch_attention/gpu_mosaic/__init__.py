@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Int32
 
@@ -76,8 +77,9 @@ def sketch_attention(
         "key_words": keys.words,
         "value_words": values.words,
         "value_affine": values.affine,
-        "scale": query.scale.astype(jnp.float32),
     }
+    if plan.scale is None:
+        arrays["scale"] = jnp.asarray(query.scale, jnp.float32)
     if keys.scales is not None:
         arrays["key_scales"] = keys.scales
     if query.signed:
@@ -120,6 +122,9 @@ def sketch_attention(
 def _plan(query: SketchQuery, keys: PackedKeys, values: PackedValues, start: int) -> Plan:
     kv_heads, head_dim, bits = query.transform.shape
     layers, batch, _, tokens = keys.words.shape
+    scale = None
+    if isinstance(query.scale, np.ndarray) and (query.scale == query.scale[0]).all():
+        scale = float(query.scale[0])
     return divide(
         layers=layers,
         batch=batch,
@@ -130,6 +135,7 @@ def _plan(query: SketchQuery, keys: PackedKeys, values: PackedValues, start: int
         value_bits=values.bits,
         tokens=tokens,
         start=start,
+        scale=scale,
         scaled=keys.scales is not None,
         signed=query.signed,
         variance=query.variance is not None,

@@ -100,7 +100,7 @@ class QueryReader:
         shared: address of shared memory.
         queries: address of the KV head's first query.
         fragments: address of the KV head's transform.
-        scale: address of the KV head's first scale.
+        scale: address of the KV head's first scale; None where all heads have the same.
         norm: of the transform.
     """
 
@@ -111,7 +111,7 @@ class QueryReader:
     shared: I32
     queries: I64
     fragments: I64
-    scale: I64
+    scale: I64 | None
     norm: F32
 
     @property
@@ -169,6 +169,9 @@ class QueryReader:
         Args:
             number: which operand of a tile.
         """
+        if self.scale is None:
+            assert self.plan.scale is not None
+            return [F32.constant(self.plan.scale)] * 2
         heads = [
             (self.head_of(self.column * 2 + e) + number * COLUMNS).minimum(self.plan.groups - 1)
             for e in range(2)

@@ -17,7 +17,7 @@ class Operands:
     key_scales: I64 | None
     value_words: I64
     value_affine: I64
-    scale: I64
+    scale: I64 | None
     queries: I64 | None
     fragments: I64 | None
     norm: I64 | None

@@ -32,6 +32,7 @@ class Plan:
         value_bits: width of a value's code.
         tokens: capacity.
         start: first token that is seen.
+        scale: factor of all heads; None if heads have their own.
         scaled: whether keys have a scalar.
         signed: whether queries are signs.
         variance: whether scores are corrected by their variance.
@@ -52,6 +53,7 @@ class Plan:
     value_bits: int
     tokens: int
     start: int
+    scale: float | None
     scaled: bool
     signed: bool
     variance: bool

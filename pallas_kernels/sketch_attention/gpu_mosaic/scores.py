@@ -44,7 +44,9 @@ class Scores:
         if operands.variance is not None:
             for number in range(plan.operands):
                 variance.append(_variance(lane, operands.variance, number))
-        scale = operands.scale + (lane.head * plan.groups).wide() * 4
+        scale = operands.scale
+        if scale is not None:
+            scale = scale + (lane.head * plan.groups).wide() * 4
         if plan.signed:
             assert operands.signs is not None
             signs = [_signs(lane, operands.signs, number) for number in range(plan.operands)]
@@ -299,12 +301,17 @@ def _signs(lane: Lane, address: I64, number: int) -> list[tuple[I32, I32]]:
     return pairs
 
 
-def _signed_columns(lane: Lane, scale: I64, number: int) -> Columns:
+def _signed_columns(lane: Lane, scale: I64 | None, number: int) -> Columns:
     """Of `n` bits that agree the sum over signs is `2n - bits`."""
     plan = lane.plan
     factor = []
     for e in range(2):
-        head = (lane.column * 2 + e + number * COLUMNS).minimum(plan.groups - 1)
-        factor.append(ptx.load(scale + head.wide() * 4)[0].as_float() * (2 * LOG2_E))
+        if scale is None:
+            assert plan.scale is not None
+            own = F32.constant(plan.scale)
+        else:
+            head = (lane.column * 2 + e + number * COLUMNS).minimum(plan.groups - 1)
+            own = ptx.load(scale + head.wide() * 4)[0].as_float()
+        factor.append(own * (2 * LOG2_E))
     base = [x * (0.5 * plan.bits) for x in factor]
     return Columns(factor, base, [F32.constant(0.0)] * 2)
