@@ -266,6 +266,7 @@ def assert_agree(actual: np.ndarray, expected: np.ndarray) -> None:
 # One layer of attention, from the same queries, keys and values
 
 
+@pytest.mark.once
 @every_spec
 def test_one_prefill_is_the_dense_form(spec):
     assert_agree(through_cache(spec, [LENGTHS]), dense(spec))

@@ -12,6 +12,8 @@ from sketch_cases import SketchCase, build
 from pallas_kernels import sketch_attention
 from pallas_kernels.sketch_attention import gpu_triton
 
+pytestmark = pytest.mark.once
+
 AMPERE, ADA = 80, 89
 LEAST_SHARED_BYTES = 99 * 1024
 """Shared memory that a program may have on every GPU since Ampere."""

@@ -77,8 +77,8 @@ def test_outputs_are_the_dense_form(spec):
 @pytest.mark.parametrize(
     "spec",
     specs(
-        *("exact", "h1b", "h1b-paper", "h1b-2plane-v2", "kivi-2", "sinks-window"),
-        *("signs, period 32", "64 bits", "exact keys", "exact values", "grouped values"),
+        *("h1b", "h1b-2plane-v2", "kivi-2", "sinks-window"),
+        *("signs, period 32", "exact keys", "grouped values"),
     ),
 )
 def test_the_cache_is_the_one_that_appending_leaves(spec):
@@ -110,7 +110,7 @@ def test_decoding_goes_on_from_a_filled_cache(spec):
         assert_agree(output, expected)
 
 
-@pytest.mark.parametrize("begin", [(0, 1), (3, 60), (64, 65), (66, 11)])
+@pytest.mark.parametrize("begin", [(0, 65), (64, 11)])
 @pytest.mark.parametrize("spec", specs("h1b", "kivi-2", "no window"))
 def test_rows_of_any_length_are_the_dense_form(spec, begin):
     output, cache = fill(spec, empty(spec, 2, jnp.float32), begin=begin)
@@ -120,9 +120,7 @@ def test_rows_of_any_length_are_the_dense_form(spec, begin):
         assert not output[row, length:].any()
 
 
-@pytest.mark.parametrize(
-    "spec", specs("exact", "h1b-paper", "linear, period 32, fitted", "exact values", "kivi-2")
-)
+@pytest.mark.parametrize("spec", specs("exact", "linear, period 32, fitted", "kivi-2"))
 def test_an_exact_prefill_is_plain_attention_and_leaves_the_same_cache(spec):
     before = empty(spec, 2, jnp.float32)
     tokens, positions = sequence(spec)
@@ -133,9 +131,7 @@ def test_an_exact_prefill_is_plain_attention_and_leaves_the_same_cache(spec):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "spec", specs("h1b", "h1b-p32", "h1b-2plane", "linear, period 32, fitted", "exact values")
-)
+@pytest.mark.parametrize("spec", specs("h1b-2plane", "linear, period 32, fitted"))
 def test_bfloat16_agrees_to_its_own_precision(spec):
     output, _ = fill(spec, empty(spec, 2, jnp.bfloat16), dtype=jnp.bfloat16)
     assert output.dtype == jnp.bfloat16
@@ -259,7 +255,7 @@ def decoder(spec: CacheSpec) -> Decoder:
     )
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generation_reads_a_prompt_at_once_and_the_same(fused, monkeypatch, exact):
     model = decoder(SPECS["linear"])
     rng = np.random.default_rng(4)

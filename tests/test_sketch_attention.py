@@ -38,7 +38,7 @@ class TestDefinition:
     def test_it_is_exact_against_float64_over_the_same_codes(self, case):
         assert_exact(case)
 
-    @settings(deadline=None, max_examples=8)
+    @settings(deadline=None, max_examples=5)
     @given(case=cases())
     def test_it_is_exact_for_any_cache(self, case):
         assert_exact(case)

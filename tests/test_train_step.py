@@ -18,6 +18,8 @@ from train.step import (
     train_step,
 )
 
+pytestmark = pytest.mark.once
+
 CONFIG = small_config(tie_word_embeddings=True)
 
 

@@ -64,7 +64,7 @@ def launch(
         body: gets its `Block` and the byte address of each operand, then of each result.
         operands: dense arrays in global memory.
         results: shapes and dtypes of what the body writes; it must write all of it.
-        grid: blocks on each axis, the fastest first.
+        grid: blocks on each axis, of which the last runs fastest.
         warpgroups: groups of 128 threads in a block.
         shared_bytes: shared memory of a block.
 
