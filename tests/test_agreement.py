@@ -29,6 +29,8 @@ from h1bjax.cache.scoring import encode_keys
 from h1bjax.decoder import Decoder, init_codec
 from h1bjax.rope import rope_frequencies
 
+pytestmark = pytest.mark.once
+
 FOUR_BITS = QuantisedValues(4)
 SINKS, WINDOW = 3, 7
 SPECS = {
@@ -266,7 +268,6 @@ def assert_agree(actual: np.ndarray, expected: np.ndarray) -> None:
 # One layer of attention, from the same queries, keys and values
 
 
-@pytest.mark.once
 @every_spec
 def test_one_prefill_is_the_dense_form(spec):
     assert_agree(through_cache(spec, [LENGTHS]), dense(spec))
