@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels.choice import HOPPER
 from pallas_kernels.device import cuda_capability
 from pallas_kernels.sketch_attention import Partial
-
-HOPPER = (9, 0)
 
 Implementation = Literal["cudnn", "xla"]
 

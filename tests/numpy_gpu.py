@@ -148,7 +148,10 @@ class Block:
         halves, index = self._find(address, offset, 2, np.uint16)
         return I32(halves[index])
 
-    def store(self, address, value, *, offset=0):
+    def store(self, address, value, *, offset=0, only=None):
+        if only is not None:
+            self.when(only, lambda: self.store(address, value, offset=offset))
+            return
         words, index = self._find(address, offset, 4, np.int32)
         bits = np.broadcast_to(value.value.view(np.int32), self._active.shape)
         words[index[self._active]] = bits[self._active]

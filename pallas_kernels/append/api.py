@@ -1,19 +1,12 @@
 """The one entry to the append of a decode step."""
 
-from types import ModuleType
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.append import reference
 from pallas_kernels.append.arguments import KeyEncoder, StoredTokens, Token
-from pallas_kernels.device import cuda_capability
+from pallas_kernels.choice import Choice, Implementation, choose_on_hopper
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
-
-Implementation = Literal["xla", "mosaic_gpu"]
-
-_HOPPER = (9, 0)
 
 
 def append_token(
@@ -42,28 +35,31 @@ def append_token(
         ValueError: the shapes do not describe one cache, or the implementation cannot run them.
     """
     _check(stored, encoder, token)
-    run = _implementation(stored, encoder, token, implementation)
-    return run.append_token(stored, layer, encoder, token)
+    if choose(stored, encoder, token, implementation).implementation == "mosaic_gpu":
+        from pallas_kernels.append import gpu_mosaic
+
+        return gpu_mosaic.append_token(stored, layer, encoder, token)
+    return reference.append_token(stored, layer, encoder, token)
 
 
-def _implementation(
-    stored: StoredTokens, encoder: KeyEncoder, token: Token, wanted: Implementation | None
-) -> ModuleType:
-    if wanted == "xla" or (wanted is None and (cuda_capability() or (0, 0)) < _HOPPER):
-        return reference
-    if wanted not in (None, "mosaic_gpu"):
-        raise ValueError(
-            f"unknown implementation {wanted!r} of append_token; use 'xla', 'mosaic_gpu' or None"
-        )
-    # Pallas's GPU modules take long to import, and most processes do without.
-    from pallas_kernels.append import gpu_mosaic
+def choose(
+    stored: StoredTokens,
+    encoder: KeyEncoder,
+    token: Token,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """The implementation that `append_token` runs on these arguments; logged once, as INFO.
 
-    refusal = gpu_mosaic.refusal(stored, encoder, token)
-    if refusal is None:
-        return gpu_mosaic
-    if wanted is not None:
-        raise ValueError(f"append_token cannot run as {wanted!r}: {refusal}")
-    return reference
+    Raises:
+        ValueError: there is no such implementation, or it cannot run these arguments.
+    """
+
+    def refuse() -> str | None:
+        from pallas_kernels.append import gpu_mosaic
+
+        return gpu_mosaic.refusal(stored, encoder, token)
+
+    return choose_on_hopper("append_token", implementation, refuse)
 
 
 def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int32, Shaped
 
-from pallas_kernels.choice import HOPPER, Choice, Implementation, log_once
-from pallas_kernels.device import cuda_capability
+from pallas_kernels.choice import Choice, Implementation, choose_on_hopper
 from pallas_kernels.exact_attention import reference
 from pallas_kernels.sketch_attention.partial import Partial
 
@@ -66,30 +65,10 @@ def choose(
     Raises:
         ValueError: there is no such implementation, or it cannot run these arguments.
     """
-    choice = _choose(query, keys, jnp.dtype(dtype), implementation)
-    log_once("exact attention", choice)
-    return choice
 
+    def refuse() -> str | None:
+        from pallas_kernels.exact_attention import gpu_mosaic
 
-def _choose(
-    query: Array, keys: Array, dtype: jnp.dtype, implementation: Implementation | None
-) -> Choice:
-    if implementation not in (None, "xla", "mosaic_gpu"):
-        raise ValueError(
-            f"unknown implementation {implementation!r} of exact_attention; "
-            "use 'xla', 'mosaic_gpu' or None"
-        )
-    if implementation == "xla":
-        return Choice("xla", "the caller asked for it")
-    capability = cuda_capability()
-    if implementation is None and (capability is None or capability < HOPPER):
-        return Choice("xla", "the default device is no NVIDIA GPU of Hopper or later")
-    # Pallas's GPU modules take long to import, and most processes do without.
-    from pallas_kernels.exact_attention import gpu_mosaic
+        return gpu_mosaic.refusal(query, keys, jnp.dtype(dtype))
 
-    refusal = gpu_mosaic.refusal(query, keys, dtype)
-    if implementation is not None and refusal is not None:
-        raise ValueError(f"exact_attention cannot run as {implementation!r}: {refusal}")
-    if refusal is not None:
-        return Choice("xla", f"mosaic_gpu cannot run this: {refusal}")
-    return Choice("mosaic_gpu", "a GPU of Hopper or later")
+    return choose_on_hopper("exact_attention", implementation, refuse)

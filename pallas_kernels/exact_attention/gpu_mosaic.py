@@ -12,22 +12,20 @@ from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.combine import combine
-from pallas_kernels.mosaic_gpu.launch import WARPS, Block, launch, refusal_of_version
+from pallas_kernels.mosaic_gpu.launch import SHARED_BYTES, WARPS, Block, launch, refusal_of_version
 from pallas_kernels.mosaic_gpu.merging import Column, Merging, over_rows
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, branch, select
 from pallas_kernels.mosaic_gpu.ring import Ring
 from pallas_kernels.mosaic_gpu.sequence import Sequence
-from pallas_kernels.mosaic_gpu.softmax import Softmax
+from pallas_kernels.mosaic_gpu.softmax import LOG2_E, Softmax
 from pallas_kernels.mosaic_gpu.splitting import choose_splits, processors
 from pallas_kernels.sketch_attention.partial import Partial
 
 TILE = 16
 _COLUMNS = 8
-_SHARED_BYTES = 227 * 1024
 _OVERHEAD = 2.0
 """Cost of a block's start and end, in tiles of a warp."""
 _MOST_GROUPS = 16
-_LOG2_E = 1.4426950408889634
 
 
 def refusal(
@@ -148,11 +146,11 @@ def _divide(plan: _Plan) -> _Plan:
         divided
         for warpgroups, stages in choices
         if (divided := replace(plan, warpgroups=warpgroups, stages=stages)).shared_bytes
-        <= _SHARED_BYTES
+        <= SHARED_BYTES
     )
     splits = choose_splits(
         plan.batch * plan.kv_heads,
-        slots=processors() * (_SHARED_BYTES // plan.shared_bytes),
+        slots=processors() * (SHARED_BYTES // plan.shared_bytes),
         tiles=plan.tokens / (TILE * plan.warps),
         overhead=_OVERHEAD,
     )
@@ -251,7 +249,7 @@ def _logits(
         keys = ptx.load_matrices(place, 32 * part)
         for number, queries in enumerate(operands):
             sums[number] = ptx.multiply_bfloats(keys, queries[part], sums[number])
-    factor = F32.constant(_LOG2_E / plan.head_dim**0.5)
+    factor = F32.constant(LOG2_E / plan.head_dim**0.5)
     return [
         [[ptx.fma(total[2 * token + e], factor, -own[e]) for e in range(2)] for token in range(2)]
         for total, own in zip(sums, reference, strict=True)

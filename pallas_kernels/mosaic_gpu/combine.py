@@ -7,12 +7,11 @@ from jaxtyping import Array, Float32
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import WARPS, Block, launch
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
+from pallas_kernels.mosaic_gpu.softmax import LOG2_E, LOG_2
 
 _LANES = 32
 _AT_ONCE = 4
 """Splits that a warp reads at once."""
-_LOG_2 = 0.6931471805599453
-_LOG2_E = 1.4426950408889634
 
 
 def combine(
@@ -50,7 +49,7 @@ def combine(
             )
         ptx.store(
             merged_lse + head.wide() * 4,
-            (reference + ptx.log2(total)) * _LOG_2,
+            (reference + ptx.log2(total)) * LOG_2,
             only=block.thread.equals(0),
         )
 
@@ -70,7 +69,7 @@ def _keep_lses(block: Block, lses: I64, splits: int, padded: int) -> None:
     """Brings log-sum-exps, in units of log 2, into shared memory, and pads them with -inf."""
 
     def keep(split: I32, carry: list) -> list:
-        lse = ptx.load(lses + split.minimum(splits - 1) * 4)[0].as_float() * _LOG2_E
+        lse = ptx.load(lses + split.minimum(splits - 1) * 4)[0].as_float() * LOG2_E
         lse = select(split.less(splits), lse, F32.constant(float("-inf")))
         ptx.store(block.shared + split * 4, lse)
         return carry

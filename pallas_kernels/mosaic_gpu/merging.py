@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
-
-_LOG_2 = 0.6931471805599453
+from pallas_kernels.mosaic_gpu.softmax import LOG_2
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Merging:
             part = (first_head + group) * self.splits + split
             place = output + part.wide() * (4 * self.head_dim) + channel * 4
             ptx.store(place, value * ptx.reciprocal(divisor))
-            own = (highest + ptx.log2(total)) * _LOG_2
+            own = (highest + ptx.log2(total)) * LOG_2
             ptx.store(lse + part.wide() * 4, own, only=channel.equals(0))
             return carry
 

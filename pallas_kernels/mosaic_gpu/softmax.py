@@ -6,6 +6,10 @@ from typing import Any
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import F32, I32, select
 
+LOG2_E = 1.4426950408889634
+"""Turns natural logits into those of powers of two."""
+LOG_2 = 0.6931471805599453
+"""Turns logarithms to base 2 into natural ones."""
 EXCESS = 5.0
 """How far, in units of log 2, a logit may exceed the reference before it is raised."""
 LARGEST_SCALE = 1024.0

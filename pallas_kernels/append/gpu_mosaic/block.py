@@ -88,7 +88,5 @@ def _share_levels(here: Place, layout: Layout, arrays: Mapping[str, GlobalArray]
             bit = here.thread + first
             source = arrays[name].at(here.layer, here.head, bit.minimum(layout.bits - 1))
             number = ptx.load(source)[0]
-            registers.when(
-                bit.less(layout.bits),
-                lambda: ptx.store(here.shared + bit * 4, number, offset=target),  # noqa: B023
-            )
+            place = here.shared + bit * 4
+            ptx.store(place, number, offset=target, only=bit.less(layout.bits))

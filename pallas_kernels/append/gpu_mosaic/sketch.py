@@ -55,10 +55,7 @@ def write_sketch(
         target = arrays["key_words"].at(
             here.layer, here.row, here.head * words + word, here.position
         )
-        registers.when(
-            here.inside & lane.equals(word % 32),
-            lambda: ptx.store(target, packed),  # noqa: B023
-        )
+        ptx.store(target, packed, only=here.inside & lane.equals(word % 32))
     if "key_scales" not in arrays:
         return
 

@@ -63,10 +63,7 @@ def write_value(
                 digits = (code >> low) & (2**bits - 1)
                 packed = packed | (digits << (8 * byte + bits * plane))
         target = arrays["value_words"].at(here.layer, here.row, first_row + word, here.position)
-        registers.when(
-            here.inside & here.lane.less(words),
-            lambda: ptx.store(target, packed),  # noqa: B023
-        )
+        ptx.store(target, packed, only=here.inside & here.lane.less(words))
         first_row, low = first_row + words, low + bits
     target = arrays["value_affine"].at(here.layer, here.row, here.head, here.position)
     registers.when(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.launch import Block
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, loop, select
-from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import LOG2_E, QueryReader
+from pallas_kernels.mosaic_gpu.softmax import LOG2_E
+from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import QueryReader
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS
 
 _RADIANS_PER_UNIT = 6.283185307179586 / 2.0**32

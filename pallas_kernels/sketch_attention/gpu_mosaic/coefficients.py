@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, loop, select
+from pallas_kernels.mosaic_gpu.softmax import LOG2_E
 from pallas_kernels.sketch_attention.arguments import PreparedTransform
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS, Plan, bit_steps, halved
 
@@ -29,7 +30,6 @@ _WORTH_NIBBLES = sum(worth << 4 * m for m, worth in enumerate(_WORTH))
 _UNIT = 16
 # Coefficients are at most 2¹⁴, far from the largest float16 even before they are divided.
 _LARGEST = 14
-LOG2_E = 1.4426950408889634
 
 
 def prepare_transform(

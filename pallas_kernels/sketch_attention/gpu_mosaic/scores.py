@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from pallas_kernels.mosaic_gpu import ptx
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, select, when
+from pallas_kernels.mosaic_gpu.softmax import LOG2_E
 from pallas_kernels.sketch_attention.gpu_mosaic.block_rope import BlockQueries
-from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import LOG2_E, Columns, QueryReader
+from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import Columns, QueryReader
 from pallas_kernels.sketch_attention.gpu_mosaic.lane import Lane
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import COLUMNS
 

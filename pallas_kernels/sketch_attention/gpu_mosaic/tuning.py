@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from pallas_kernels.mosaic_gpu.launch import SHARED_BYTES
 from pallas_kernels.mosaic_gpu.splitting import choose_splits, processors
 from pallas_kernels.sketch_attention.gpu_mosaic.plan import TILE, Plan
 
@@ -15,8 +16,6 @@ TIGHT_WARPGROUPS = 4
 STAGES = 2
 OVERHEAD = 2.0
 """Cost of a block's start and end, in tiles of a warp."""
-SHARED_BYTES = 227 * 1024
-"""Shared memory that a block may have."""
 
 
 def divide(**call: Any) -> Plan:
