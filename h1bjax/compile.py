@@ -18,12 +18,15 @@ GPU_OPTIONS = MappingProxyType(
         "xla_gpu_enable_triton_gemm": False,
         # Products with the same input would be merged, by copying their weights together.
         "xla_gpu_dot_merger_threshold_mb": 0,
+        # Most products and all that lies between them are too small to fill a GPU: what does not
+        # wait for each other runs side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     }
 )
 """XLA's options for decode steps on a GPU."""
 
 
-def decoding_options() -> dict[str, bool | int]:
+def decoding_options() -> dict[str, bool | int | str]:
     """`compiler_options` of `jax.jit` for decode steps on the default device."""
     return dict(GPU_OPTIONS) if jax.default_backend() == "gpu" else {}
 

@@ -6,13 +6,12 @@ and KV head, with tokens as rows of the first product and channels of values as 
 
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.mosaic_gpu import ptx
-from pallas_kernels.mosaic_gpu.combine import combine
-from pallas_kernels.mosaic_gpu.launch import SHARED_BYTES, WARPS, Block, launch, refusal_of_version
+from pallas_kernels.mosaic_gpu.attention import launch_attention
+from pallas_kernels.mosaic_gpu.launch import SHARED_BYTES, WARPS, Block, refusal_of_version
 from pallas_kernels.mosaic_gpu.merging import Column, Merging, over_rows
 from pallas_kernels.mosaic_gpu.registers import F32, I32, I64, Bool, branch, select
 from pallas_kernels.mosaic_gpu.ring import Ring
@@ -114,28 +113,24 @@ def exact_attention(
     tokens = keys.shape[2]
     kv_heads = keys.shape[3] // head_dim
     plan = _divide(_Plan(batch, kv_heads, heads // kv_heads, head_dim, tokens, start, 1, 1, 1))
-    parts = (batch, heads, plan.splits)
 
-    def body(block: Block, *addresses: I64) -> None:
-        _attend(plan, block, *addresses)
+    def body(block: Block, place: I32, split: I32, *addresses: I64) -> None:
+        _attend(plan, block, place, split, *addresses)
 
-    output, lse = launch(
+    return launch_attention(
         body,
-        layer.reshape(1).astype(jnp.int32),
-        stop.reshape(-1).astype(jnp.int32),
-        query.astype(jnp.bfloat16),
-        keys,
-        values,
-        results=[
-            jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
-        ],
-        grid=(plan.splits, batch * kv_heads),
-        warpgroups=plan.warpgroups,
+        (
+            layer.reshape(1).astype(jnp.int32),
+            stop.reshape(-1).astype(jnp.int32),
+            query.astype(jnp.bfloat16),
+            keys,
+            values,
+        ),
+        batch=batch,
+        kv_heads=kv_heads,
+        merging=plan.merging,
         shared_bytes=plan.shared_bytes,
     )
-    output, lse = combine(output, lse)
-    return Partial(output[:, None], lse[:, None])
 
 
 def _divide(plan: _Plan) -> _Plan:
@@ -160,6 +155,8 @@ def _divide(plan: _Plan) -> _Plan:
 def _attend(
     plan: _Plan,
     block: Block,
+    place: I32,
+    split: I32,
     layer: I64,
     stop: I64,
     queries: I64,
@@ -168,7 +165,6 @@ def _attend(
     output: I64,
     lse: I64,
 ) -> None:
-    split, place = block.index
     batch, head = place // plan.kv_heads, place % plan.kv_heads
     end = ptx.load(stop + batch.wide() * 4)[0].minimum(plan.tokens)
     token_bytes = 2 * plan.kv_heads * plan.head_dim

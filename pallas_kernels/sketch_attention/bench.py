@@ -6,9 +6,9 @@ prints a Markdown table with one line for each shape, preset and implementation:
 
 - **µs**: of one call, gaps between kernels included, as the slope between a chain of 4 calls and
   one of 16 in one program; in brackets the quartiles over repetitions. Calls rotate over as many
-  layers as the caches of the device cannot hold, and each has a query and a transform of its own,
-  so whatever prepares a transform is in the time. **kernels**: the part of it in which a kernel
-  ran, by CUPTI.
+  layers as the caches of the device cannot hold, each with a query of its own. The transforms of all
+  layers are prepared beforehand, as a model's are once for all layers of a step. **kernels**: the
+  part of it in which a kernel ran, by CUPTI.
 - **GB/s**: over the bytes that attention cannot do without: the packed keys and values, with their
   scalars, that rows see. Queries, transforms, outputs and scratch are not counted.
 - **of copy**: the same as a share of the bandwidth of copying 1 GiB, counting bytes read and

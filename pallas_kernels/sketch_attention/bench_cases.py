@@ -25,6 +25,7 @@ from pallas_kernels.sketch_attention.arguments import (
     PackedValues,
     SketchQuery,
 )
+from pallas_kernels.sketch_attention.choice import prepare_transform
 
 _THETA = 500_000.0
 _LOGIT_DEVIATION = 2.0
@@ -159,7 +160,8 @@ class Inputs:
     Attributes:
         keys: sketches of all layers.
         values: value codes of all layers.
-        queries: of each call, each with a transform of its own, as layers have.
+        queries: of each call, with the transform of its layer. Transforms are prepared, as those
+            of a model are once for many steps and layers.
         layers: the number of each layer, on the device.
         stop: one past the last token that each row sees, the same in all calls.
     """
@@ -216,7 +218,7 @@ def random_inputs(
     energy = float(np.sum(np.square(weight)))
     heads = (calls, shape.batch, 1, shape.heads)
     vectors = jax.random.normal(next(rngs), (*heads, shape.head_dim))
-    transforms = jax.random.normal(next(rngs), (calls, shape.kv_heads, shape.head_dim, bits))
+    transforms = jax.random.normal(next(rngs), (layers, shape.kv_heads, shape.head_dim, bits))
     transforms = transforms * weight
     if preset.signed:
         # Whole numbers are read without rounding, so that no sign depends on it.
@@ -225,6 +227,7 @@ def random_inputs(
     variances = jax.random.uniform(next(rngs), heads) * 0.5 / energy
     means = 0.3 * jax.random.normal(next(rngs), (calls, shape.kv_heads, shape.head_dim))
     read = bits if preset.signed else shape.head_dim * energy
+    prepared = None if preset.signed else prepare_transform(transforms)
 
     def query(call: int) -> SketchQuery:
         rope = None
@@ -232,12 +235,13 @@ def random_inputs(
             rope = BlockRope(_frequencies(shape.head_dim), means[call], preset.period)
         return SketchQuery(
             vectors[call],
-            transforms[call],
+            transforms[call % layers],
             jnp.full(shape.heads, _LOGIT_DEVIATION / read**0.5, jnp.float32),
             variance=variances[call] if preset.variance else None,
             rope=rope,
             signed=preset.signed,
             planes=2 if preset.code == "planes" else 1,
+            prepared=prepared,
         )
 
     return Inputs(

@@ -13,9 +13,9 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Int32
 
-from pallas_kernels.mosaic_gpu.combine import combine
-from pallas_kernels.mosaic_gpu.launch import Block, launch, refusal_of_version
-from pallas_kernels.mosaic_gpu.registers import I64
+from pallas_kernels.mosaic_gpu.attention import launch_attention
+from pallas_kernels.mosaic_gpu.launch import Block, refusal_of_version
+from pallas_kernels.mosaic_gpu.registers import I32, I64
 from pallas_kernels.packing import pack_column
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
@@ -94,29 +94,22 @@ def sketch_attention(
     if query.rope is not None:
         arrays["frequencies"] = query.rope.frequencies.astype(jnp.float32)
         arrays["mean"] = query.rope.mean.astype(jnp.float32)
-    parts = (plan.batch, plan.heads, plan.splits)
-    results = {
-        "output": jax.ShapeDtypeStruct((*parts, plan.head_dim), jnp.float32),
-        "lse": jax.ShapeDtypeStruct(parts, jnp.float32),
-    }
-    names = [*arrays, *results]
+    names = [*arrays, "output", "lse"]
 
-    def body(block: Block, *addresses: I64) -> None:
+    def body(block: Block, place: I32, split: I32, *addresses: I64) -> None:
         given = dict(zip(names, addresses, strict=True))
         absent = {item.name: None for item in fields(Operands) if item.name not in given}
         operands = Operands(**given, **absent)  # type: ignore[arg-type]
-        attend(plan, block, operands)
+        attend(plan, block, place, split, operands)
 
-    output, lse = launch(
+    return launch_attention(
         body,
-        *arrays.values(),
-        results=list(results.values()),
-        grid=(plan.splits, plan.batch * plan.kv_heads),
-        warpgroups=plan.warpgroups,
+        list(arrays.values()),
+        batch=plan.batch,
+        kv_heads=plan.kv_heads,
+        merging=plan.merging,
         shared_bytes=plan.shared.size,
     )
-    output, lse = combine(output, lse)
-    return Partial(output[:, None], lse[:, None])
 
 
 def _plan(query: SketchQuery, keys: PackedKeys, values: PackedValues, start: int) -> Plan:

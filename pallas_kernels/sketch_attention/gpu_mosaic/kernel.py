@@ -19,9 +19,8 @@ from pallas_kernels.sketch_attention.gpu_mosaic.tiles import KeyReader, TileCopi
 from pallas_kernels.sketch_attention.gpu_mosaic.values import ValueLayout, ValueReader
 
 
-def attend(plan: Plan, block: Block, operands: Operands) -> None:
-    """The body of the kernel, for the grid `(splits, batch · kv_heads)`."""
-    split, place = block.index
+def attend(plan: Plan, block: Block, place: I32, split: I32, operands: Operands) -> None:
+    """The body of the kernel, see `launch_attention`."""
     layer = ptx.load(operands.layer)[0]
     head = place % plan.kv_heads
     batch = place // plan.kv_heads
