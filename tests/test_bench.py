@@ -165,9 +165,10 @@ def _inputs(name, *, layers, calls=2, stop=None):
 
 @pytest.fixture
 def short_chains(monkeypatch):
-    """Chains of one call and of two, which compile sooner."""
-    for module, name, calls in ((timing, "SHORT", 1), (timing, "LONG", 2), (bench, "LONG", 2)):
-        monkeypatch.setattr(module, name, calls)
+    """Chains of two calls, which compile sooner."""
+    for module in (timing, bench):
+        monkeypatch.setattr(module, "CALLS", 2)
+    monkeypatch.setattr(timing, "ROUNDS", (1, 2))
 
 
 def _run(*arguments):

@@ -4,11 +4,11 @@ r"""The speed of sketch attention, beside bf16 attention and a plain copy in the
 
 prints a Markdown table with one line for each shape, preset and implementation:
 
-- **µs**: of one call, gaps between kernels included, as the slope between a chain of 4 calls and
-  one of 16 in one program; in brackets the quartiles over repetitions. Calls rotate over as many
-  layers as the caches of the device cannot hold, each with a query of its own. The transforms of all
-  layers are prepared beforehand, as a model's are once for all layers of a step. **kernels**: the
-  part of it in which a kernel ran, by CUPTI.
+- **µs**: of one call, gaps between kernels included, as the slope between a loop of one chain of 16
+  calls and a loop of five; in brackets the quartiles over repetitions. Calls rotate over as many
+  layers as the caches of the device cannot hold, each with a query of its own. The transforms of
+  all layers are prepared beforehand, as a model prepares its own once for all layers of a step.
+  **kernels**: the part of it in which a kernel ran, by CUPTI.
 - **GB/s**: over the bytes that attention cannot do without: the packed keys and values, with their
   scalars, that rows see. Queries, transforms, outputs and scratch are not counted.
 - **of copy**: the same as a share of the bandwidth of copying 1 GiB, counting bytes read and
@@ -47,7 +47,7 @@ from pallas_kernels.sketch_attention.bench_cases import (
 )
 from pallas_kernels.sketch_attention.choice import Choice, Implementation, choose
 from pallas_kernels.sketch_attention.timing import (
-    LONG,
+    CALLS,
     Seconds,
     Step,
     copy_bandwidth,
@@ -229,13 +229,13 @@ def _measure_peer(
             implementation=implementation,
         )
 
-    rngs = iter(jax.random.split(jax.random.key(seed), 2 * layers + LONG))
+    rngs = iter(jax.random.split(jax.random.key(seed), 2 * layers + CALLS))
     try:
         caches = [
             tuple(jax.random.normal(next(rngs), stored, jnp.bfloat16) for _ in "kv")
             for _ in range(layers)
         ]
-        queries = [jax.random.normal(next(rngs), asked, jnp.bfloat16) for _ in range(LONG)]
+        queries = [jax.random.normal(next(rngs), asked, jnp.bfloat16) for _ in range(CALLS)]
         seconds = steady_time(step, (caches, queries, lengths), repetitions=repetitions).seconds
     except (ValueError, NotImplementedError, RuntimeError) as error:
         return replace(row, reason=_first_line(error)), None
@@ -267,7 +267,7 @@ def _inputs(shape: Shape, preset: Preset, stop: np.ndarray, seed: int) -> Inputs
             shape=shape,
             preset=preset,
             layers=_rotation(layer),
-            calls=LONG,
+            calls=CALLS,
         )
     )
 
@@ -275,7 +275,7 @@ def _inputs(shape: Shape, preset: Preset, stop: np.ndarray, seed: int) -> Inputs
 def _rotation(nbytes: int) -> int:
     """Over how many caches of that size calls rotate: at least two."""
     wanted = _UNCACHEABLE if jax.default_backend() == "gpu" else 0
-    return min(LONG, max(2, ceil(wanted / nbytes)))
+    return min(CALLS, max(2, ceil(wanted / nbytes)))
 
 
 def _error(inputs: Inputs, outputs: Array) -> float:

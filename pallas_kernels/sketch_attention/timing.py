@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-SHORT, LONG = 4, 16
-"""Calls in the two chains whose difference is timed."""
+CALLS = 16
+"""Calls in a chain."""
+ROUNDS = (1, 5)
+"""How often the chain runs in the two loops whose difference is timed."""
 
 _COPY_BYTES = 1 << 30
 _PROFILED_RUNS = 5
@@ -40,7 +42,7 @@ class Timed(NamedTuple):
 
     Attributes:
         seconds: of one call.
-        outputs: of every call of the long chain.
+        outputs: of every call of the chain.
     """
 
     seconds: Seconds
@@ -53,33 +55,47 @@ def ordered(x: Array, after: Array | None) -> Array:
 
 
 def steady_time(step: Step, arguments: Any, *, repetitions: int) -> Timed:
-    """Times one call as the slope between a chain of 4 calls and one of 16.
+    """Times one call as the slope between a loop of one chain of 16 calls and one of five.
 
-    Both chains are one compiled function each, take the same arguments and return one array, so
-    that what the host does around them cancels; gaps between kernels do not.
+    Both loops are one compiled function each, take the same arguments and return one array, so
+    that what the host does around them cancels; gaps between kernels do not. Decode steps are
+    such loops too.
 
     Args:
-        step: runs call `i` of at most 16.
+        step: runs call `i` of 16.
         arguments: its first argument, arrays that are never constants of the program.
         repetitions: pairs of runs; each gives one slope.
     """
 
-    def chain(arguments: Any, calls: int) -> Array:
+    def chain(arguments: Any, after: Array | None) -> Array:
         outputs: list[Array] = []
-        for index in range(calls):
-            outputs.append(step(arguments, index, outputs[-1] if outputs else None))
+        for index in range(CALLS):
+            outputs.append(step(arguments, index, outputs[-1] if outputs else after))
         return jnp.stack(outputs)
 
+    def loop(arguments: Any, rounds: int) -> Array:
+        first = jax.eval_shape(lambda: chain(arguments, None))
+        return jax.lax.fori_loop(
+            0,
+            rounds,
+            lambda _, outputs: chain(arguments, outputs[-1]),
+            jnp.zeros(first.shape, first.dtype),
+        )
+
+    few, many = ROUNDS
     compiled = {
-        calls: jax.jit(chain, static_argnums=1).lower(arguments, calls).compile()
-        for calls in (SHORT, LONG)
+        rounds: jax.jit(loop, static_argnums=1).lower(arguments, rounds).compile()
+        for rounds in ROUNDS
     }
-    outputs = compiled[LONG](arguments)
+    outputs = compiled[few](arguments)
     slopes = _slopes(
-        lambda calls: jax.block_until_ready(compiled[calls](arguments)), SHORT, LONG, repetitions
+        lambda rounds: jax.block_until_ready(compiled[rounds](arguments)), few, many, repetitions
     )
-    kernels = _kernel_seconds(compiled[LONG], arguments)
-    return Timed(_summary(slopes, None if kernels is None else kernels / LONG), outputs)
+    kernels = _kernel_seconds(compiled[few], arguments)
+    return Timed(
+        _summary([slope / CALLS for slope in slopes], None if kernels is None else kernels / CALLS),
+        outputs,
+    )
 
 
 def copy_bandwidth(*, repetitions: int, nbytes: int = _COPY_BYTES) -> float:
