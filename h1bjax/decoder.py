@@ -7,14 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key
 
-from h1bjax.cache import CacheSpec, CodecParameters, KVCache, append_and_attend, dense_attention
+from h1bjax.cache import (
+    CacheSpec,
+    CodecParameters,
+    KVCache,
+    append_and_attend,
+    dense_attention,
+    training_attention,
+)
 from h1bjax.cache.prepared import PreparedCodec
+from h1bjax.cache.sharded import init_sharded, sharded_append_and_attend
 from h1bjax.config import LlamaConfig
 from h1bjax.fused_attention import causal_attention
+from h1bjax.merged_attention import SAVED
 from h1bjax.parameters import decoder_parameters
 from h1bjax.rope import rope_frequencies
+from h1bjax.sharding import SEQUENCE, check_mesh, place_by_heads, spread_rows
 from pallas_kernels.rotary import Turn, rotate_by, turn
 
 EXACT = CacheSpec.preset("exact")
@@ -67,6 +78,7 @@ class Decoder(nnx.Module):
         codec: parameters of the key codec that `spec` names; None for exact keys.
         config: shape and arithmetic of the model. Static.
         spec: the cache that `codec` was made for. Static.
+        mesh: what everything is divided over; None for one device. Static.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class Decoder(nnx.Module):
         parameters: Mapping[str, Array],
         spec: CacheSpec = EXACT,
         codec: CodecParameters | None = None,
+        mesh: Mesh | None = None,
     ):
         """Builds the decoder around existing arrays.
 
@@ -83,12 +96,16 @@ class Decoder(nnx.Module):
             parameters: what `decoder_parameters(config)` lists, stacked.
             spec: the cache to decode with.
             codec: its parameters, see `init_codec`.
+            mesh: what the parameters are divided over, see `h1bjax.sharding`; the codec is divided
+                here.
 
         Raises:
-            ValueError: parameters are missing, unexpected or misshapen (all are listed), or
-                the spec sketches keys and there is no codec.
+            ValueError: parameters are missing, unexpected or misshapen (all are listed), the spec
+                sketches keys and there is no codec, or the mesh does not suit the model.
         """
         _check_parameters(config, parameters)
+        if mesh is not None:
+            check_mesh(mesh, config)
         if (spec.sketch is None) != (codec is None):
             wanted = "needs codec parameters" if codec is None else "takes no codec parameters"
             raise ValueError(f"cache spec {spec.name!r} {wanted}")
@@ -97,9 +114,10 @@ class Decoder(nnx.Module):
         self.final_norm = nnx.Param(parameters["final_norm"])
         tied = config.tie_word_embeddings
         self.unembedding = None if tied else nnx.Param(parameters["unembedding"])
-        self.codec = codec
+        self.codec = place_by_heads(mesh, codec)
         self.config = config
         self.spec = spec
+        self.mesh = mesh
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -127,18 +145,19 @@ class Decoder(nnx.Module):
         Args:
             tokens: token ids.
             positions: position of each token in its row. None stands for rows without padding
-                that begin at 0, which is possible only where attention is exact and without a
-                cache; it then runs fused, see `h1bjax.fused_attention`.
+                that begin at 0, which is possible only without a cache; attention then runs
+                fused, see `h1bjax.fused_attention` and `h1bjax.cache.training_attention`.
             cache: holds the tokens before these; None attends among these tokens alone.
             exact_prefill: whether tokens read their own chunk exactly, and only older tokens
                 from the compressed store.
             fresh: whether the caller knows that the cache holds no tokens. A prompt then runs
                 through fused attention where that is possible, see
                 `h1bjax.cache.choose_prefill`; rows that do hold tokens are refused.
-            compressed: without a cache, attend as through a fresh cache of `spec`; otherwise
-                attention without a cache is exact.
-            remat: without a cache, whether a gradient keeps only the results of the matrix
-                products of each layer and computes the rest of it again.
+            compressed: without a cache, attend as through a fresh cache of `spec`, with
+                straight-through gradients where there are no positions; otherwise attention
+                without a cache is exact.
+            remat: without a cache, whether a gradient keeps only the results of each layer's
+                matrix products and compressed attention, and computes the rest of it again.
 
         Raises:
             ValueError: the cache is of another spec or batch, or refuses the positions; there
@@ -169,10 +188,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
         """The final hidden states, from which `logits` makes logits. See `__call__`."""
         if positions is None:
-            if cache is not None or compressed:
+            if cache is not None:
                 raise ValueError(
-                    "a cache and compressed attention need positions; leaving them out is for "
-                    "exact attention without a cache"
+                    "a cache needs positions; leaving them out is for attention without a cache"
                 )
         elif tokens.shape != positions.shape:
             raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must agree")
@@ -255,9 +273,14 @@ class Decoder(nnx.Module):
 
     def init_cache(self, *, batch: int, max_length: int) -> KVCache:
         """An empty cache of this decoder's spec and dtype. See `KVCache.init`."""
-        return KVCache.init(
-            self.config, self.spec, batch=batch, max_length=max_length, dtype=self.dtype
-        )
+        sizes: dict[str, Any] = {
+            "batch": batch,
+            "max_length": max_length,
+            "dtype": self.dtype,
+        }
+        if self.mesh is not None:
+            return init_sharded(self.mesh, self.config, self.spec, **sizes)
+        return KVCache.init(self.config, self.spec, **sizes)
 
     def parameters(self) -> dict[str, Array]:
         """The arrays that this decoder was built from, by name; without the codec's."""
@@ -292,9 +315,11 @@ class Decoder(nnx.Module):
         attend: _Attend = _attend_fused
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            if compressed:
+                attend = self._trained(positions)
         elif cache is None:
             attend = self._dense(positions, self.spec if compressed else EXACT)
-        x = self._embed(tokens, positions)
+        x = spread_rows(self.mesh, self._embed(tokens, positions))
         if cache is None:
             x = self._without_cache(x, positions, attend, remat)
         else:
@@ -322,7 +347,10 @@ class Decoder(nnx.Module):
             step = jax.checkpoint(
                 step,
                 prevent_cse=False,
-                policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                policy=jax.checkpoint_policies.save_from_both_policies(
+                    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                    jax.checkpoint_policies.save_only_these_names(SAVED),
+                ),
             )
         return jax.lax.scan(step, x, (self.layers, self.codec))[0]
 
@@ -336,6 +364,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
         frequencies, turned = self._frequencies(), self._turn(positions)
         prepared = PreparedCodec.of(cache.spec, self.codec)
+        append = append_and_attend
+        if self.mesh is not None:
+            append = partial(sharded_append_and_attend, self.mesh)
 
         def step(carry: tuple[Array, Array, KVCache], layer: tuple) -> tuple[tuple, None]:
             index, x, cache = carry
@@ -344,7 +375,7 @@ class Decoder(nnx.Module):
             def attend(
                 codec: CodecParameters | None, query: Array, key: Array, value: Array
             ) -> tuple[Array, KVCache]:
-                return append_and_attend(
+                return append(
                     cache,
                     index,
                     query,
@@ -359,7 +390,7 @@ class Decoder(nnx.Module):
                 )
 
             x, cache = self._layer(weights, codec, x, turned, attend)
-            return (index + 1, x, cache), None
+            return (index + 1, spread_rows(self.mesh, x), cache), None
 
         # The stacked cache is the carry, so that each layer writes into it where it lies; so is the
         # layer's number, which would have to be copied out of an array of numbers.
@@ -376,6 +407,19 @@ class Decoder(nnx.Module):
                 dense_attention(spec, query, key, value, positions, codec, frequencies),
                 None,
             )
+
+        return attend
+
+    def _trained(self, positions: Int32[Array, "1 tokens"]) -> "_Attend":
+        frequencies = self._frequencies()
+
+        def attend(
+            codec: CodecParameters | None, query: Array, key: Array, value: Array
+        ) -> tuple[Array, None]:
+            attended = training_attention(
+                self.spec, query, key, value, positions, codec, frequencies
+            )
+            return attended, None
 
         return attend
 
@@ -424,6 +468,12 @@ class Decoder(nnx.Module):
     def check_cache(self, cache: KVCache) -> None:
         """Raises ValueError if the cache is of another geometry or of another codec."""
         config, ours, theirs = self.config, self.spec, cache.spec
+        shards = 1 if self.mesh is None else self.mesh.shape[SEQUENCE]
+        if cache.sequence_shards != shards:
+            raise ValueError(
+                f"the cache has {cache.sequence_shards} sequence shards and the decoder {shards}; "
+                "make the cache with decoder.init_cache"
+            )
         expected = (config.num_layers, config.num_kv_heads, config.head_dim)
         if (cache.layers, cache.kv_heads, cache.head_dim) != expected:
             raise ValueError(

@@ -1,8 +1,7 @@
 """Causal attention over whole rows, by the fastest implementation that there is."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels.choice import HOPPER
 from pallas_kernels.device import cuda_capability
-from pallas_kernels.sketch_attention import Partial
 
 Implementation = Literal["cudnn", "xla"]
 
@@ -65,54 +63,6 @@ def causal_attention(
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation=chosen
         )
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def causal_partial(
-    query: Float[Array, "batch tokens heads channels"],
-    key: Float[Array, "batch tokens kv_heads channels"],
-    value: Float[Array, "batch tokens kv_heads channels"],
-    scale: float,
-    window: int | None,
-    implementation: Implementation,
-) -> Partial:
-    """As `causal_attention`, with a log-sum-exp by which to merge it, and without a gradient.
-
-    JAX's log-sum-exp comes with a gradient that is silently zero.
-
-    Args:
-        query: padding may only follow all other tokens of its row.
-        key: of the same tokens, or of as many others: query i sees keys `j <= i`.
-        value: of the same tokens as the keys.
-        scale: of the scores, instead of `1/√channels`.
-        window: query i sees only keys `j > i - window`; None for all.
-        implementation: see `choose_implementation`.
-
-    Raises:
-        NotImplementedError: it is differentiated.
-    """
-    with _matmul_precision(query.dtype):
-        output, lse = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            scale=scale,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=implementation,
-            return_residual=True,
-        )
-    # JAX rounds the log-sum-exp to the dtype of the output; under jit, XLA leaves out that
-    # rounding because of the conversion that follows here.
-    return Partial(output.astype(jnp.float32), lse.astype(jnp.float32))
-
-
-@causal_partial.defjvp
-def _no_gradient(*_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "attention that is merged by its log-sum-exp has no gradient; differentiate "
-        "causal_attention or dense_attention"
-    )
 
 
 def _matmul_precision(dtype: DTypeLike) -> AbstractContextManager:

@@ -16,6 +16,7 @@ from h1bjax.cache import KVCache, choose_prefill
 from h1bjax.compile import jit_decoding
 from h1bjax.decoder import Decoder
 from h1bjax.sampling import Sampling, row_keys, sample
+from h1bjax.sharding import to_host
 from h1bjax.stopping import StopStrings
 
 PREFILL_CHUNK = 1024
@@ -81,8 +82,12 @@ class DecodeState:
         logits: Float[Array, "batch vocab"],
         stop_strings: StopStrings,
         max_new_tokens: int,
+        rows: int | None = None,
     ) -> Self:
-        """The state after prefill, with room for `max_new_tokens`."""
+        """The state after prefill, with room for `max_new_tokens`.
+
+        Only the first `rows` generate, by default all; others fill up a batch that a mesh divides.
+        """
         batch = logits.shape[0]
         shape = (batch, bucket_size(max_new_tokens))
         return cls(
@@ -91,7 +96,7 @@ class DecodeState:
             tokens=jnp.full(shape, -1, jnp.int32),
             logprobs=jnp.zeros(shape, jnp.float32),
             text_state=stop_strings.initial(batch),
-            done=jnp.zeros(batch, bool),
+            done=jnp.arange(batch) >= (batch if rows is None else rows),
             failed=jnp.zeros(batch, bool),
             step=jnp.int32(0),
         )
@@ -120,7 +125,7 @@ def prefill(
 
     Args:
         decoder: the model.
-        prompts: token ids of each row, at least one.
+        prompts: token ids of each row; a row without any takes part in nothing.
         cache: empty, or holding earlier turns; donated.
         exact: whether prompts attend to themselves exactly, in one chunk, and only earlier turns
             are read from the compressed store.
@@ -129,7 +134,7 @@ def prefill(
         The logits after each row's last token, and the cache.
     """
     longest = max(len(prompt) for prompt in prompts)
-    lengths = np.asarray(cache.lengths)
+    lengths = to_host(cache.lengths)
     hidden = jnp.zeros((len(prompts), decoder.config.hidden_size), decoder.dtype)
     fused = not lengths.any() and _runs_fused(decoder, cache, exact)
     begin = 0

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
@@ -22,7 +23,7 @@ from h1bjax.calibration_file import (
     is_calibratable,
     needs_calibration,
 )
-from h1bjax.checkpoint import ShardingRule, load_parameters, resolve_model, save_pretrained
+from h1bjax.checkpoint import load_parameters, resolve_model, save_pretrained
 from h1bjax.config import LlamaConfig
 from h1bjax.decoder import Decoder, fold_value_rotation, init_codec
 from h1bjax.generate import Control, DecodeState, decode, decode_step, prefill
@@ -35,6 +36,13 @@ from h1bjax.request import (
     prepare_cache,
     prepare_control,
 )
+from h1bjax.sharding import (
+    check_mesh,
+    make_mesh,
+    parameter_sharding,
+    place_by_heads,
+    to_host,
+)
 from h1bjax.tokenizer import Tokenizer
 
 
@@ -44,7 +52,7 @@ def load(
     cache: str | CacheSpec = "h1b",
     dtype: DTypeLike | None = None,
     seed: int = 0,
-    sharding: ShardingRule | None = None,
+    mesh: Mesh | str | None = None,
 ) -> "Model":
     """Loads a Llama-family checkpoint for generation from a compressed cache.
 
@@ -57,13 +65,14 @@ def load(
         cache: a preset's name or a spec of your own.
         dtype: of weights and computation; by default the checkpoint's.
         seed: of the random projections that an uncalibrated cache uses.
-        sharding: where parameters go, see `load_parameters`.
+        mesh: devices to divide everything over, see `h1bjax.sharding`; text such as
+            "batch=2,tensor=4" stands for `make_mesh` of it. None takes one device.
 
     Raises:
         FileNotFoundError: there is no such folder or hub id, or it lacks a file.
         ValueError: the model or cache is not supported, the weights do not fit the config, the
             cache needs a calibration and there is none, or a calibration was made for other
-            weights or is damaged.
+            weights or is damaged, or the mesh does not suit the devices or the model.
     """
     spec = CacheSpec.preset(cache) if isinstance(cache, str) else cache
     stand_in = _stand_in(spec)
@@ -71,6 +80,12 @@ def load(
     folder = resolve_model(path_or_id, config_only=stand_in is None and needs_calibration(spec))
     config = LlamaConfig.from_hf(folder)
     spec.check_head_dim(config.head_dim)
+    if isinstance(mesh, str):
+        mesh = make_mesh(mesh)
+    sharding = None
+    if mesh is not None:
+        check_mesh(mesh, config)
+        sharding = parameter_sharding(mesh, config)
     calibration = find_calibration(folder, spec) if is_calibratable(spec) else None
     if calibration is None:
         advice = _advice(spec, path_or_id, folder)
@@ -100,8 +115,9 @@ def load(
     else:
         codec, rotation = calibration.codec, calibration.rotation
     if rotation is not None:
+        rotation = place_by_heads(mesh, rotation)
         parameters = fold_value_rotation(config, parameters, rotation)
-    return Model(Decoder(config, parameters, spec, codec), tokenizer)
+    return Model(Decoder(config, parameters, spec, codec, mesh), tokenizer)
 
 
 def _stand_in(spec: CacheSpec) -> CacheSpec | None:
@@ -229,16 +245,19 @@ class Model:
         seconds = time.perf_counter() - begin
 
         _check_finite(state)
-        tokens = [row[row >= 0].tolist() for row in np.asarray(state.tokens)]
+        rows = len(encoded)
+        tokens = [row[row >= 0].tolist() for row in to_host(state.tokens)[:rows]]
         scores = [
             row[: len(ids)].tolist()
-            for row, ids in zip(np.asarray(state.logprobs), tokens, strict=True)
+            for row, ids in zip(to_host(state.logprobs)[:rows], tokens, strict=True)
         ]
         return GenerateOutput(
             text=self._texts(encoded, tokens, tuple(stop)),
             tokens=tokens,
             logprobs=scores if logprobs else None,
-            finish_reasons=["stop" if done else "length" for done in state.done.tolist()],
+            finish_reasons=[
+                "stop" if done else "length" for done in to_host(state.done)[:rows].tolist()
+            ],
             cache=state.cache,
             decode_seconds=seconds,
         )
@@ -265,10 +284,10 @@ class Model:
         for step in range(chosen.max_new_tokens):
             state = decode_step(self.decoder, state, control)
             _check_finite(state)
-            column = state.tokens[:, step].tolist()
+            column = to_host(state.tokens)[: len(encoded), step].tolist()
             last = step == chosen.max_new_tokens - 1
             tokens = [token if token >= 0 else None for token in column]
-            ended = [done or last for done in state.done.tolist()]
+            ended = [done or last for done in to_host(state.done)[: len(encoded)].tolist()]
             text = None
             if rows is not None:
                 text = []
@@ -307,8 +326,11 @@ class Model:
         check_tokens(encoded, self.config.vocab_size)
         control = prepare_control(self.decoder, self.tokenizer, options)
         cache = prepare_cache(self.decoder, encoded, options)
-        logits, cache = prefill(self.decoder, encoded, cache, exact=options.exact_prefill)
-        state = DecodeState.start(cache, logits, control.stop_strings, options.max_new_tokens)
+        idle: list[list[int]] = [[]] * (cache.batch - len(encoded))
+        logits, cache = prefill(self.decoder, encoded + idle, cache, exact=options.exact_prefill)
+        state = DecodeState.start(
+            cache, logits, control.stop_strings, options.max_new_tokens, rows=len(encoded)
+        )
         return encoded, state, control
 
     def _rows(self, prompts: list[list[int]], stop: tuple[str, ...]) -> list[RowText] | None:
@@ -326,7 +348,7 @@ class Model:
 
 
 def _check_finite(state: DecodeState) -> None:
-    failed = np.flatnonzero(np.asarray(state.failed))
+    failed = np.flatnonzero(to_host(state.failed))
     if failed.size:
         raise FloatingPointError(
             f"the logits of row {failed[0]} are not finite; the weights may overflow in this dtype"

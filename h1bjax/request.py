@@ -15,6 +15,7 @@ from h1bjax.cache import KVCache
 from h1bjax.decoder import Decoder
 from h1bjax.generate import Control, stop_id_array
 from h1bjax.sampling import Sampling
+from h1bjax.sharding import padded_rows, to_host
 from h1bjax.stopping import StopStrings
 from h1bjax.tokenizer import Tokenizer
 
@@ -90,6 +91,8 @@ def prepare_cache(
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={options.max_new_tokens} must be at least 1")
     cache, lengths = options.cache, [0] * len(prompts)
+    # A mesh divides rows evenly; those that are added stay empty.
+    rows = padded_rows(decoder.mesh, len(prompts))
     if cache is not None:
         if any(array.is_deleted() for array in jax.tree.leaves(cache)):
             raise ValueError(
@@ -97,9 +100,12 @@ def prepare_cache(
                 "output"
             )
         decoder.check_cache(cache)
-        if cache.batch != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts for a cache of {cache.batch} rows")
-        lengths = cache.lengths.tolist()
+        lengths = to_host(cache.lengths).tolist()
+        # Rows without tokens were added to fill up a batch.
+        held = sum(length > 0 for length in lengths) if rows > len(prompts) else cache.batch
+        if cache.batch != rows or held > len(prompts):
+            raise ValueError(f"{len(prompts)} prompts for a cache of {held} rows")
+        lengths = lengths[: len(prompts)]
     needed = options.max_new_tokens + max(
         length + len(prompt) for length, prompt in zip(lengths, prompts, strict=True)
     )
@@ -117,7 +123,7 @@ def prepare_cache(
         )
     size = options.max_length or needed
     if cache is None:
-        return decoder.init_cache(batch=len(prompts), max_length=size)
+        return decoder.init_cache(batch=rows, max_length=size)
     return cache.grow(size)
 
 

@@ -7,6 +7,8 @@ import pytest
 
 # Read when jax is imported. Tests spend most of their time on compilation, which this halves.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Virtual devices, over which tests of sharding divide arrays.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 from toy import byte_level, readable, sentencepiece, write_toy
 

@@ -48,7 +48,7 @@ def test_trains_from_random_weights_and_evaluates(tmp_path, text, toy_folder, ca
     assert code == 0
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert f"model           {out / 'model'}\n" in printed
-    assert f"bits per byte   {evaluation['bits_per_byte']:.6f}\n" in printed
+    assert f"bits per byte   {evaluation['caches']['exact']['bits_per_byte']:.6f}\n" in printed
     settings = json.loads((out / "job.json").read_text())
     expected = {
         "begin": "random weights",
@@ -76,6 +76,11 @@ def test_trains_from_random_weights_and_evaluates(tmp_path, text, toy_folder, ca
         (["--model", "m", "--batch", "0"], "'0' is not a whole number"),
         (["--model", "m", "--batch", "5", "--microbatches", "2"], "must be a multiple of 2"),
         (["--model", "m", "--learning-rate", "-1"], "learning_rate=-1.0 must be positive"),
+        (["--model", "m", "--train", "decoders"], "decoders belong to a cache; name one"),
+        (["--model", "m", "--cache", "h1b", "--train", "temperatures"], "its scores are raw"),
+        (["--model", "m", "--cache", "none"], "unknown cache preset 'none'"),
+        (["--model", "m", "--rank", "4"], "rank=4 belongs to 'lora'"),
+        (["--model", "m", "--distillation", "-1"], "distillation=-1.0 must not be negative"),
         (["--model", "m", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["--model", "m", "--valid", "absent.txt"], "No such file: absent.txt"),
     ],

@@ -10,7 +10,7 @@ from small_model import random_parameters, small_config
 
 from h1bjax.cache import CacheSpec, dense_attention
 from h1bjax.decoder import Decoder, init_codec
-from h1bjax.fused_attention import causal_attention, causal_partial, choose_implementation
+from h1bjax.fused_attention import causal_attention, choose_implementation
 
 EXACT = CacheSpec.preset("exact")
 
@@ -37,26 +37,6 @@ def test_equals_dense_exact_attention_and_its_gradient(kv_heads):
     expected = jax.jit(jax.value_and_grad(dense, (0, 1, 2)))(query, key, value)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 40])
-def test_a_partial_has_a_window_a_scale_and_a_log_sum_exp(window):
-    rng = np.random.default_rng(0)
-    query, key, value = (rng.normal(size=(2, 19, heads, 16)) for heads in (4, 2, 2))
-    found = causal_partial(*map(jnp.float32, (query, key, value)), 0.3, window, "xla")
-    for row, head, t in np.ndindex(2, 4, 19):
-        begin = 0 if window is None else max(0, t - window + 1)
-        logits = 0.3 * key[row, begin : t + 1, head // 2] @ query[row, t, head]
-        weights = np.exp(logits)
-        expected = weights @ value[row, begin : t + 1, head // 2] / weights.sum()
-        np.testing.assert_allclose(found.output[row, t, head], expected, atol=1e-5)
-        np.testing.assert_allclose(found.lse[row, t, head], np.log(weights.sum()), atol=1e-5)
-
-
-def test_a_partial_refuses_to_be_differentiated():
-    x = jnp.ones((1, 3, 2, 8))
-    with pytest.raises(NotImplementedError, match="no gradient; differentiate causal_attention"):
-        jax.grad(lambda x: jnp.sum(causal_partial(x, x, x, 1.0, None, "xla").lse))(x)
 
 
 def test_keeps_16_bit_inputs_16_bit():
@@ -111,15 +91,13 @@ def test_a_token_outside_of_the_vocabulary_gives_nan_without_positions_too():
     assert np.isfinite(logits[1]).all()
 
 
-def test_positions_are_needed_with_a_cache_or_compressed():
+def test_positions_are_needed_with_a_cache():
     config, spec = small_config(), CacheSpec.preset("h1b")
     codec = init_codec(config, spec, jax.random.key(0))
     decoder = Decoder(config, random_parameters(config), spec, codec)
     tokens = jnp.zeros((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="need positions"):
+    with pytest.raises(ValueError, match="needs positions"):
         decoder(tokens, None, decoder.init_cache(batch=1, max_length=128))
-    with pytest.raises(ValueError, match="need positions"):
-        decoder(tokens, None, compressed=True)
 
 
 def test_rows_beyond_the_sliding_window_are_refused_without_positions_too():

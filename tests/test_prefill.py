@@ -33,7 +33,7 @@ from h1bjax.cache import (
     choose_prefill,
     fill_and_attend,
 )
-from h1bjax.cache.prefill import attention_channels
+from h1bjax.cache.rows import attention_channels
 from h1bjax.decoder import Decoder, init_codec
 from h1bjax.fused_attention import Choice
 

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from toy import byte_level, toy_config
 
 import h1bjax
 import train.loop
+from h1bjax.cache import CacheSpec
 from h1bjax.config import LlamaConfig
 from h1bjax.evaluate import perplexity
 from train.checkpoint import Checkpoints
@@ -95,10 +97,12 @@ def test_evaluates_the_model_that_it_wrote(finished, files):
     job, outcome = finished
     model = h1bjax.load(outcome.model, cache="exact")
     expected = perplexity(model, [(files / "valid.txt").read_text()], context=16)
-    assert outcome.evaluation.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    assert outcome.evaluations["exact"].bits_per_byte == pytest.approx(
+        expected.bits_per_byte, rel=1e-5
+    )
     written = json.loads((job.out / "evaluation.json").read_text())
-    assert written["bits_per_byte"] == outcome.evaluation.bits_per_byte
-    assert written["tokens"] == expected.tokens
+    assert written["caches"]["exact"]["bits_per_byte"] == outcome.evaluations["exact"].bits_per_byte
+    assert written["caches"]["exact"]["tokens"] == expected.tokens
 
 
 def test_transformers_loads_the_model(finished):
@@ -180,6 +184,38 @@ def test_begins_from_a_models_weights(job, toy_folder):
         assert 0 < moved < 1e-5, name
 
 
+def test_trains_for_a_cache_on_a_mesh_and_writes_its_calibration(job, toy_folder):
+    mesh = f"batch={len(jax.devices()) // 2},tensor=2" if len(jax.devices()) > 1 else None
+    spec = CacheSpec.preset("h1b-2plane-v2")
+    trained = replace(
+        job,
+        init=None,
+        tokenizer=None,
+        model=str(toy_folder),
+        cache=spec.name,
+        trained="lora",
+        rank=2,
+        context=70,
+        steps=2,
+        mesh=mesh,
+    )
+    outcome = run(trained)
+    rows = read_log(trained.out / "log.csv")
+    assert rows[-1].divergence is not None
+    assert rows[-1].divergence > 0
+    before, after = (h1bjax.load(folder, cache="exact") for folder in (toy_folder, outcome.model))
+    moved = {
+        name
+        for name, array in after.decoder.parameters().items()
+        if np.any(array != before.decoder.parameters()[name])
+    }
+    assert moved == {"query", "key", "value", "output", "gate", "up", "down"}
+    # No warning, so it was calibrated.
+    h1bjax.load(outcome.model, cache=spec)
+    described = json.loads((outcome.model / "calibration" / f"{spec.name}.json").read_text())
+    assert described["text"]["files"].keys() == {"text.txt"}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -205,7 +241,7 @@ def test_another_text_is_another_job(finished, files, tmp_path):
         run(replace(job, text=(other,)))
     # The same text under another name is the same job.
     other.write_text(TEXT)
-    assert run(replace(job, text=(other,), valid=())).evaluation is None
+    assert run(replace(job, text=(other,), valid=())).evaluations == {}
 
 
 def test_a_folder_with_other_content_is_refused(job):
@@ -294,6 +330,12 @@ def test_bad_options_are_listed_together(files, tmp_path):
         ({"init": None, "model": "somewhere"}, "a tokenizer belongs to random weights"),
         ({"tokenizer": None}, "a tokenizer belongs to random weights"),
         ({"warmup": 8}, "warmup=8 exceeds the 7 steps"),
+        ({"cache": "h1b"}, "random weights train as a whole, and without a cache"),
+        ({"trained": "lora"}, "random weights train as a whole"),
+        ({"distillation": 1.0}, "random weights have nothing to teach"),
+        ({"next_token": 0.0}, "next_token and distillation must not both be 0"),
+        ({"trained": "decoders"}, "decoders belong to a cache; name one"),
+        ({"rank": 3}, "rank=3 belongs to 'lora'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(job, change, message):
@@ -323,7 +365,7 @@ def test_a_diverging_job_says_where(job):
 def test_a_log_survives_a_cut_and_refuses_other_files(tmp_path):
     path = tmp_path / "log.csv"
     assert read_log(path) == []
-    rows = [LogRow(10, 2.5, 1e-3, None), LogRow(20, 1 / 3, 1e-4, 1234.5)]
+    rows = [LogRow(10, 2.5, None, 1e-3, None), LogRow(20, 1 / 3, 0.5, 1e-4, 1234.5)]
     write_log(path, rows[:1])
     append_log(path, rows[1])
     assert read_log(path) == rows

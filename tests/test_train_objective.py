@@ -10,8 +10,8 @@ from small_model import random_parameters, small_config
 
 import train.objective
 from h1bjax.decoder import Decoder
-from train.objective import next_token_nats
-from train.step import compute_decoder
+from train.objective import losses
+from train.student import narrowed
 
 pytestmark = pytest.mark.once
 
@@ -34,7 +34,8 @@ def plain_nats(parameters, config, windows):
 
 
 def our_nats(parameters, config, windows, dtype="float32", remat=False):
-    return next_token_nats(compute_decoder(config, parameters, dtype), windows, remat=remat)
+    decoder = Decoder(config, narrowed(parameters, dtype))
+    return losses(decoder, windows, remat=remat).next_token
 
 
 def with_gradient(nats, parameters, config, windows, **options):
@@ -58,10 +59,10 @@ def test_equals_the_cross_entropy_of_the_logits_in_float64(config):
     normaliser = np.log(np.sum(np.exp(logits), axis=-1))
     chosen = np.take_along_axis(logits, np.asarray(windows)[:, 1:, None], axis=-1)[..., 0]
     expected = np.mean(normaliser - chosen)
-    np.testing.assert_allclose(next_token_nats(decoder, windows), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses(decoder, windows).next_token, expected, rtol=1e-6)
 
 
-# Blocks of all 39 tokens, of 39 in 3 unequal parts, and of one token.
+# Blocks of all 13 tokens of 3 rows, of 13 in 3 unequal parts, and of one token of each.
 @pytest.mark.parametrize(("logits", "tied"), [(1 << 26, True), (50 * 16, False), (1, True)])
 def test_blocks_change_neither_the_loss_nor_the_gradient(monkeypatch, logits, tied):
     expected = of_random_windows(plain_nats, tied)
@@ -86,7 +87,8 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch, config):
         # The parameters and their gradients.
         and config.hidden_size not in shape
     )
-    assert largest == 8
+    # Two tokens of each of the three rows.
+    assert largest == 6
 
 
 def test_remat_changes_no_gradient():

@@ -11,12 +11,12 @@ from small_model import random_parameters, small_config
 from train.initialise import random_parameters as initial_parameters
 from train.step import (
     Recipe,
-    compute_decoder,
     initial_state,
     learning_rate,
     make_optimizer,
     train_step,
 )
+from train.student import narrowed
 
 pytestmark = pytest.mark.once
 
@@ -85,10 +85,12 @@ def test_a_huge_gradient_is_clipped():
 
 def test_accumulating_microbatches_equals_one_large_batch():
     windows = jax.random.randint(jax.random.key(3), (8, 17), 0, CONFIG.vocab_size)
-    whole, whole_metrics = train_step(fresh(), windows, CONFIG, SHORT)
+    whole, whole_metrics = train_step(fresh(), {}, windows, CONFIG, SHORT)
     parts = replace(SHORT, microbatches=4)
-    state, metrics = train_step(fresh(), windows, CONFIG, parts)
-    assert metrics.loss == pytest.approx(float(whole_metrics.loss), rel=1e-5)
+    state, metrics = train_step(fresh(), {}, windows, CONFIG, parts)
+    assert metrics.losses.next_token == pytest.approx(
+        float(whole_metrics.losses.next_token), rel=1e-5
+    )
     assert metrics.gradient_norm == pytest.approx(float(whole_metrics.gradient_norm), rel=1e-4)
     # Adam divides by the size of each gradient, so small ones show rounding.
     for name, array in state.parameters.items():
@@ -102,8 +104,8 @@ def test_the_loss_falls(dtype):
     state = initial_state(initial_parameters(CONFIG, jax.random.key(0)), chosen)
     losses = []
     for _ in range(30):
-        state, metrics = train_step(state, windows, CONFIG, chosen)
-        losses.append(float(metrics.loss))
+        state, metrics = train_step(state, {}, windows, CONFIG, chosen)
+        losses.append(float(metrics.losses.next_token))
     assert losses[0] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.02)
     assert losses[-1] < 0.3 * losses[0]
     assert int(state.step) == 30
@@ -111,8 +113,8 @@ def test_the_loss_falls(dtype):
 
 
 def test_only_what_is_summed_over_tokens_stays_wide():
-    decoder = compute_decoder(CONFIG, random_parameters(CONFIG), "bfloat16")
-    wide = {name for name, array in decoder.parameters().items() if array.dtype == jnp.float32}
+    narrow = narrowed(random_parameters(CONFIG), "bfloat16")
+    wide = {name for name, array in narrow.items() if array.dtype == jnp.float32}
     assert wide == {"embedding", "attention_norm", "mlp_norm", "final_norm"}
 
 

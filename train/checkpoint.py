@@ -1,29 +1,41 @@
 """Saving and restoring the state of a job with Orbax."""
 
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
+from h1bjax.fingerprint import file_sha256
+from h1bjax.json_file import read_json_object
 from train.step import TrainState
 
 KEPT = 2
 """The newest checkpoints stay; older ones are deleted."""
+
+CHECKSUMS = "checksums.json"
 
 
 class Checkpoints:
     """The checkpoints of one job, one folder for each step that was saved.
 
     A checkpoint gets its final name only when it is complete, so that an interrupted save leaves
-    none. Use it as a context manager, which waits for the last save to end.
+    none, and an older one is deleted only after that. A list of the sha256 of its files follows,
+    by which a damaged checkpoint is known. Use it as a context manager, which waits for the last
+    save to end.
     """
 
     def __init__(self, folder: Path):
         """Opens the folder, which is made where it is missing."""
+        self._folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._saving: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -34,7 +46,10 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self._finish()
+        finally:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -42,17 +57,86 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Saves in the background, once the state has been copied to the host."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
+        """Saves in the background, once the state has been copied to the host.
 
-    def restore(self, shapes: TrainState) -> TrainState:
-        """The newest state, on the default device.
+        Raises:
+            OSError: this save cannot begin, or the one before it failed. Older ones are kept.
+        """
+        self._finish()
+        self._saving = int(state.step)
+        with self._reporting(self._saving):
+            self._manager.save(self._saving, args=ocp.args.StandardSave(state))
+
+    def restore(self, shapes: TrainState, places: Any) -> TrainState | None:
+        """The newest state that is not damaged; None where there is none.
+
+        Damaged checkpoints are deleted with a warning, because the job will save these steps
+        again.
 
         Args:
-            shapes: a state of the same job, or the shapes and dtypes of one.
+            shapes: the shapes and dtypes of a state of the same job.
+            places: where its leaves go, shardings in the same tree.
         """
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            places,
         )
-        return self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self._check(step)
+                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            # A checkpoint without its list was written just before the job was killed.
+            except (ValueError, OSError, KeyError) as error:
+                warnings.warn(
+                    f"the checkpoint of step {step} in {self._folder} is damaged and is left out: "
+                    f"{error}",
+                    stacklevel=2,
+                )
+                self._manager.delete(step)
+        return None
+
+    def _finish(self) -> None:
+        """Waits for the save in progress, and lists the files that it wrote."""
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        with self._reporting(step):
+            self._manager.wait_until_finished()
+            folder = self._folder / str(step)
+            listed = {name: file_sha256(folder / name) for name in _files(folder)}
+            unfinished = folder / f"{CHECKSUMS}.partial"
+            unfinished.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+            unfinished.rename(folder / CHECKSUMS)
+
+    @contextmanager
+    def _reporting(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        # TensorStore reports a full disk as a ValueError.
+        except (ValueError, OSError) as error:
+            kept = [saved for saved in self._manager.all_steps() if saved != step]
+            remains = f"step {max(kept)} is kept" if kept else "there is no other"
+            raise OSError(
+                f"the checkpoint of step {step} could not be saved; {remains}. Make room on the "
+                f"disk and run the same job again to go on from there. {error}"
+            ) from error
+
+    def _check(self, step: int) -> None:
+        folder = self._folder / str(step)
+        if not (folder / CHECKSUMS).is_file():
+            return
+        listed = read_json_object(folder / CHECKSUMS)
+        found = _files(folder)
+        if missing := sorted(set(listed) - set(found)):
+            raise ValueError(f"missing: {', '.join(missing)}")
+        if changed := [name for name in found if listed.get(name) != file_sha256(folder / name)]:
+            raise ValueError(f"changed: {', '.join(changed)}")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.is_file() and file.parent != folder
+    )

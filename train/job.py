@@ -1,5 +1,6 @@
 """A training job from its options to an exported model, which can be interrupted at any time."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -8,10 +9,13 @@ from pathlib import Path
 
 from jaxtyping import Array
 
-from h1bjax.checkpoint import load_parameters, save_pretrained
-from h1bjax.decoder import Decoder
+from h1bjax.cache import CacheSpec
+from h1bjax.calibrate import Calibration
+from h1bjax.calibration_file import CalibrationText, is_calibratable, save_calibration
+from h1bjax.checkpoint import save_pretrained
 from h1bjax.evaluate import Perplexity, perplexity
-from h1bjax.model import Model
+from h1bjax.fingerprint import file_sha256
+from h1bjax.model import load
 from h1bjax.text_files import read_documents
 from train.checkpoint import Checkpoints
 from train.curve import draw_curve
@@ -21,6 +25,9 @@ from train.log import read_log
 from train.loop import train
 from train.options import Job
 from train.plan import Plan
+from train.student import fixed_codec, merged_codec, merged_weights
+
+EXACT = CacheSpec.preset("exact")
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,13 @@ class Outcome:
     Attributes:
         model: the folder of the trained model.
         loss: nats per token of the last steps; None where the log is gone.
-        evaluation: on the validation text, None where there is none.
+        evaluations: on the validation text, by the name of the cache: the exact one, and the one
+            that was trained for. Empty where there is no such text.
     """
 
     model: Path
     loss: float | None
-    evaluation: Perplexity | None
+    evaluations: Mapping[str, Perplexity]
 
 
 def run(job: Job) -> Outcome:
@@ -44,7 +52,8 @@ def run(job: Job) -> Outcome:
     Raises:
         FileNotFoundError: files or folders are missing.
         ValueError: options, files or the job's folder do not fit; nothing has been written then.
-        FloatingPointError: the loss or the gradient is not finite.
+        FloatingPointError: a loss or the gradient is not finite.
+        OSError: something cannot be written. What was saved before is kept.
     """
     plan = Plan.create(job)
     folder = JobFolder(job.out)
@@ -66,32 +75,55 @@ def run(job: Job) -> Outcome:
         with Checkpoints(folder.checkpoints) as checkpoints:
             state = train(plan, text, folder, checkpoints)
         draw_curve(read_log(folder.log), folder.curve)
-        _export(folder, plan, state.parameters)
+        _export(folder, plan, text, state.parameters)
     rows = read_log(folder.log)
-    evaluation = _evaluate(folder, plan, valid) if valid else None
-    return Outcome(folder.model, rows[-1].loss if rows else None, evaluation)
+    evaluations = _evaluate(folder, plan, valid) if valid else {}
+    return Outcome(folder.model, rows[-1].loss if rows else None, evaluations)
 
 
-def _export(folder: JobFolder, plan: Plan, parameters: Mapping[str, Array]) -> None:
+def _export(folder: JobFolder, plan: Plan, text: PackedText, trained: Mapping[str, Array]) -> None:
+    """Writes the model, and beside its weights the calibration of the cache it was trained for."""
     partial_model = folder.path / "model.partial"
     if partial_model.exists():
         shutil.rmtree(partial_model)
-    narrow = {name: array.astype(plan.config.dtype) for name, array in parameters.items()}
+    scope, origin = plan.job.scope, plan.origin()
+    weights = merged_weights(plan.config, scope, trained, origin.weights)
+    narrow = {name: array.astype(plan.config.dtype) for name, array in weights.items()}
     save_pretrained(partial_model, plan.config, narrow, source=plan.source)
+    if is_calibratable(scope.spec):
+        codec = merged_codec(trained, fixed_codec(scope, origin))
+        calibration = Calibration(scope.spec, codec, origin.rotation)
+        save_calibration(partial_model, calibration, _described(plan, text))
     partial_model.rename(folder.model)
 
 
-def _evaluate(folder: JobFolder, plan: Plan, documents: list[str]) -> Perplexity:
-    parameters = load_parameters(folder.model, plan.config, plan.config.dtype)
-    model = Model(Decoder(plan.config, parameters), plan.tokenizer)
+def _described(plan: Plan, text: PackedText) -> CalibrationText:
+    return CalibrationText(
+        files={path.name: file_sha256(path) for path in plan.job.text},
+        tokens=len(text.stream),
+        tokens_sha256=hashlib.sha256(text.stream.astype("<i4").tobytes()).hexdigest(),
+        context=plan.context,
+        seed=plan.job.seed,
+    )
+
+
+def _evaluate(folder: JobFolder, plan: Plan, documents: list[str]) -> dict[str, Perplexity]:
     size = plan.job.batch // plan.job.microbatches
-    result = perplexity(model, documents, context=plan.context, batch=size)
+    evaluations = {}
+    for spec in dict.fromkeys((EXACT, plan.job.scope.spec)):
+        model = load(folder.model, cache=spec)
+        evaluations[spec.name] = perplexity(model, documents, context=plan.context, batch=size)
     figures = {
-        "nats_per_token": result.nats_per_token,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-        "bytes": result.bytes,
         "context": plan.context,
+        "caches": {
+            name: {
+                "nats_per_token": found.nats_per_token,
+                "bits_per_byte": found.bits_per_byte,
+                "tokens": found.tokens,
+                "bytes": found.bytes,
+            }
+            for name, found in evaluations.items()
+        },
     }
     folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return result
+    return evaluations

@@ -12,13 +12,16 @@ class LogRow:
 
     Attributes:
         step: steps taken at their end.
-        loss: nats per token, their mean.
+        loss: nats per token of the next token, their mean.
+        divergence: nats per token from the model before training, likewise; None where nothing
+            is learnt from it.
         learning_rate: of the last of them.
         tokens_per_second: None where compiling them took most of the time.
     """
 
     step: int
     loss: float
+    divergence: float | None
     learning_rate: float
     tokens_per_second: float | None
 
@@ -41,8 +44,8 @@ def read_log(path: Path) -> list[LogRow]:
         if header != _HEADER:
             raise ValueError(f"the columns are {header}, not {_HEADER}")
         return [
-            LogRow(int(step), float(loss), float(rate), float(speed) if speed else None)
-            for step, loss, rate, speed in rows
+            LogRow(int(step), float(loss), _number(divergence), float(rate), _number(speed))
+            for step, loss, divergence, rate, speed in rows
         ]
     except ValueError as error:
         raise ValueError(f"{path} is not the log of a training: {error}") from error
@@ -60,3 +63,7 @@ def append_log(path: Path, row: LogRow) -> None:
     """Adds a row to a log that exists."""
     with path.open("a", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow(astuple(row))
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None

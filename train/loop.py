@@ -10,17 +10,17 @@ from tqdm import tqdm
 from train.checkpoint import Checkpoints
 from train.data import PackedText
 from train.folder import JobFolder
-from train.initialise import random_parameters
 from train.log import LogRow, append_log, read_log, write_log
 from train.plan import Plan
 from train.step import Metrics, TrainState, initial_state, learning_rate, train_step
+from train.student import fixed_arrays, trained_arrays
 
 LOG_EVERY = 10
 """Steps between two rows of the log, for which the host waits for the device."""
 
 
 def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoints) -> TrainState:
-    """Takes the steps that are left, from the newest checkpoint on, and saves the last state.
+    """Takes the steps that are left, from the newest sound checkpoint on, and saves the last state.
 
     Args:
         plan: the job.
@@ -29,19 +29,24 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
         checkpoints: of this job.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite. The state from which that
-            came is not saved.
+        FloatingPointError: a loss or the gradient is not finite. The state from which that came
+            is not saved.
+        OSError: a checkpoint cannot be saved. Those before it are kept.
     """
     job, recipe = plan.job, plan.job.recipe
-    begin = checkpoints.latest or 0
-    if begin:
-        shapes = jax.eval_shape(
-            lambda key: initial_state(random_parameters(plan.config, key), recipe),
-            jax.random.key(0),
-        )
-        state = checkpoints.restore(shapes)
-    else:
-        state = initial_state(plan.parameters(), recipe)
+    origin, scope, placement = plan.origin(), recipe.scope, plan.placement
+    teaches = recipe.distillation > 0
+    fixed = placement.place(fixed_arrays(plan.config, scope, origin, recipe.dtype, teaches=teaches))
+    trained = placement.place(trained_arrays(plan.config, scope, origin, jax.random.key(job.seed)))
+    # The first step consumes the arrays that train, which may be those of the origin.
+    del origin
+    shapes = jax.eval_shape(lambda: initial_state(trained, recipe))
+    places = placement.of_tree(shapes)
+    state = checkpoints.restore(shapes, places)
+    if state is None:
+        state = jax.device_put(initial_state(trained, recipe), places)
+    del trained
+    begin = int(state.step)
     # Steps after the checkpoint are taken, and recorded, again.
     write_log(folder.log, [row for row in read_log(folder.log) if row.step <= begin])
 
@@ -52,8 +57,8 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
         total=job.steps, initial=begin, desc="Training", unit="step", disable=None
     ) as progress:
         for step in range(begin, job.steps):
-            batch = text.batch(job.seed, step, job.batch)
-            state, metrics = train_step(state, batch, plan.config, recipe)
+            batch = placement.place_rows(text.batch(job.seed, step, job.batch))
+            state, metrics = train_step(state, fixed, batch, plan.config, recipe)
             unread.append(metrics)
             timed += 1
             if step == begin:
@@ -64,10 +69,17 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
             saves = done % job.checkpoint_every == 0 or done == job.steps
             if not saves and done % LOG_EVERY:
                 continue
-            loss = _mean_loss(unread, done, checkpoints.latest)
+            loss, divergence = _mean_losses(unread, done, checkpoints.latest)
             seconds = time.perf_counter() - clock
             speed = timed * job.batch * plan.context / seconds if timed else None
-            append_log(folder.log, LogRow(done, loss, float(learning_rate(recipe, step)), speed))
+            row = LogRow(
+                done,
+                loss,
+                divergence if teaches else None,
+                float(learning_rate(recipe, step)),
+                speed,
+            )
+            append_log(folder.log, row)
             progress.update(len(unread))
             shown = {} if speed is None else {"tokens/s": f"{speed:.0f}"}
             progress.set_postfix(loss=f"{loss:.4f}", **shown)
@@ -78,15 +90,19 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
     return state
 
 
-def _mean_loss(unread: Sequence[Metrics], done: int, saved: int | None) -> float:
-    losses = np.array([float(metrics.loss) for metrics in unread])
-    norms = np.array([float(metrics.gradient_norm) for metrics in unread])
-    bad = np.flatnonzero(~np.isfinite(losses) | ~np.isfinite(norms))
+def _mean_losses(unread: Sequence[Metrics], done: int, saved: int | None) -> tuple[float, float]:
+    """The mean loss on the next token, and the mean divergence."""
+    read = [
+        (metrics.losses.next_token, metrics.losses.divergence, metrics.gradient_norm)
+        for metrics in jax.device_get(unread)
+    ]
+    numbers = np.array(read, np.float64)
+    bad = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
     if bad.size:
-        first = bad[0]
+        loss, divergence, norm = numbers[bad[0]]
         kept = "there is no checkpoint yet" if saved is None else f"step {saved} is kept"
         raise FloatingPointError(
-            f"step {done - len(unread) + 1 + first} has loss {losses[first]} and gradient norm "
-            f"{norms[first]}; {kept}; a smaller learning rate or a longer warmup may help"
+            f"step {done - len(unread) + 1 + bad[0]} has loss {loss}, divergence {divergence} and "
+            f"gradient norm {norm}; {kept}; a smaller learning rate or a longer warmup may help"
         )
-    return float(losses.mean())
+    return float(numbers[:, 0].mean()), float(numbers[:, 1].mean())

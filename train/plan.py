@@ -1,20 +1,28 @@
 """A training job with what the files that it names say."""
 
+import hashlib
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
 
+from h1bjax.calibrate import Calibration
+from h1bjax.calibration_file import find_calibration, is_calibratable, needs_calibration
 from h1bjax.checkpoint import load_parameters, resolve_model
 from h1bjax.config import LlamaConfig
 from h1bjax.fingerprint import file_sha256
+from h1bjax.model import random_projections
+from h1bjax.sharding import parameter_sharding
 from h1bjax.tokenizer import Tokenizer
 from train.initialise import random_parameters
 from train.options import Job
+from train.placement import Placement
+from train.student import Origin, codec_arrays
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Plan:
         tokenizer: the model's.
         end: the token that ends a document.
         context: tokens of a sequence.
+        calibration: of the cache that the model is trained to read.
+        placement: where arrays go.
     """
 
     job: Job
@@ -36,6 +46,8 @@ class Plan:
     tokenizer: Tokenizer
     end: int
     context: int
+    calibration: Calibration
+    placement: Placement
 
     @classmethod
     def create(cls, job: Job) -> Self:
@@ -65,13 +77,17 @@ class Plan:
         longest = min(config.max_position_embeddings, config.sliding_window or math.inf)
         if context > longest:
             raise ValueError(f"context={context} exceeds the {longest} tokens of the model")
-        return cls(job, config, source, tokenizer, _end(config, tokenizer, source), context)
+        _check_cache(job, config, context)
+        end, calibration = _end(config, tokenizer, source), _calibration(job, config, source)
+        placement = Placement.create(config, job.mesh, job.batch // job.microbatches)
+        return cls(job, config, source, tokenizer, end, context, calibration, placement)
 
     def settings(self) -> dict[str, Any]:
         """What makes the job what it is: two jobs with the same settings are the same job."""
         return {
             "config": self.config.to_hf(),
             "begin": "random weights" if self.job.model is None else str(self.job.model),
+            "calibration": _digest(self.calibration),
             "tokenizer": file_sha256(self.source / "tokenizer.json"),
             "text": [file_sha256(file) for file in self.job.text],
             "batch": self.job.batch,
@@ -80,11 +96,52 @@ class Plan:
             **asdict(self.job.recipe),
         }
 
-    def parameters(self) -> dict[str, Array]:
-        """The weights to begin from."""
+    def origin(self) -> Origin:
+        """The model to begin from."""
         if self.job.model is None:
-            return random_parameters(self.config, jax.random.key(self.job.seed))
-        return load_parameters(self.source, self.config, jnp.float32)
+            weights = random_parameters(self.config, jax.random.key(self.job.seed))
+        else:
+            mesh = self.placement.mesh
+            rule = None if mesh is None else parameter_sharding(mesh, self.config)
+            weights = load_parameters(self.source, self.config, jnp.float32, rule)
+        return Origin(weights, self.calibration.codec, self.calibration.rotation)
+
+
+def _check_cache(job: Job, config: LlamaConfig, context: int) -> None:
+    spec = job.scope.spec
+    spec.check_head_dim(config.head_dim)
+    if not spec.exact and context <= spec.exact_tokens:
+        raise ValueError(
+            f"context={context} lies within the {spec.exact_tokens} tokens that the cache "
+            f"{spec.name!r} keeps exactly; train with a longer one"
+        )
+
+
+def _calibration(job: Job, config: LlamaConfig, source: Path) -> Calibration:
+    """That beside the weights, or the random projections that loading the model would use."""
+    spec = job.scope.spec
+    found = find_calibration(source, spec) if is_calibratable(spec) else None
+    if found is not None:
+        return found
+    if needs_calibration(spec):
+        raise ValueError(
+            f"the cache {spec.name!r} needs a calibration before it can be trained; make one with: "
+            f"h1bjax calibrate --model {shlex.quote(str(job.model))} --text FILE --cache "
+            f"{spec.name} --out DIR, and train the model in DIR"
+        )
+    return Calibration(spec, *random_projections(config, spec, seed=0))
+
+
+def _digest(calibration: Calibration) -> str:
+    """What tells calibrations apart."""
+    digest = hashlib.sha256()
+    arrays = codec_arrays(calibration.codec)
+    if calibration.rotation is not None:
+        arrays["rotation"] = calibration.rotation
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape}\n".encode())
+        digest.update(np.asarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _end(config: LlamaConfig, tokenizer: Tokenizer, source: Path) -> int:

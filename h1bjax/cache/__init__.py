@@ -13,6 +13,7 @@ from h1bjax.cache.keys import (
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.prefill import choose_prefill, fill_and_attend
 from h1bjax.cache.spec import PRESETS, UNCALIBRATED, CacheSpec, padded_capacity
+from h1bjax.cache.training import choose_training, training_attention
 from h1bjax.cache.values import QuantisedValues, random_rotation
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "TwoPlanes",
     "append_and_attend",
     "choose_prefill",
+    "choose_training",
     "dense_attention",
     "fill_and_attend",
     "padded_capacity",
     "random_rotation",
+    "training_attention",
 ]

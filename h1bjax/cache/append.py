@@ -10,6 +10,7 @@ from h1bjax.cache.channel_keys import ChannelQuantisedKeys
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.scoring import encode_keys, relative_keys
+from h1bjax.cache.sequence_shard import SequenceShard
 from h1bjax.cache.spec import CacheSpec
 from h1bjax.cache.window import as_window, recent_keys
 from pallas_kernels.append import ExactWindow, KeyEncoder, StoredTokens, Token, append_token
@@ -25,18 +26,21 @@ def append(
     positions: Int32[Array, "batch tokens"],
     parameters: CodecParameters | None,
     frequencies: Float[Array, "half_dim"],
+    shard: SequenceShard | None = None,
 ) -> KVCache:
     """Encodes a chunk and writes it at its positions in one layer; the window is not touched.
 
     Positions of -1 are not written. Lengths advance once, after all layers (`KVCache.advance`).
-    The window may hold the chunk already where that is a single token.
+    The window may hold the chunk already where that is a single token. A shard writes its own
+    tokens only.
     """
     spec = cache.spec
     if spec.evict:
         return cache
     row = jnp.arange(cache.batch)[:, None]
     # Scatters drop what lies beyond the capacity; a negative index would wrap around instead.
-    position = jnp.where(positions < 0, cache.capacity, positions)
+    place = positions if shard is None else shard.place(positions)
+    position = jnp.where(place < 0, cache.capacity, place)
 
     def write_tokens(array: Array | None, chunk: Array) -> Array:
         assert array is not None
@@ -48,7 +52,7 @@ def append(
         return array.at[layer, row, :, position].set(columns, mode="drop")
 
     if isinstance(spec.keys, ChannelQuantisedKeys):
-        cache = _append_key_groups(cache, spec.keys, layer, keys, positions)
+        cache = _append_key_groups(cache, spec.keys, layer, keys, positions, shard)
     elif spec.keys is None:
         cache = replace(cache, keys=write_tokens(cache.keys, _channels(keys)))
     else:
@@ -89,6 +93,7 @@ def append_one(
     positions: Int32[Array, "batch 1"],
     encoder: KeyEncoder,
     frequencies: Float[Array, "half_dim"],
+    shard: SequenceShard | None = None,
 ) -> KVCache:
     """Writes one token of each row into one layer's store and window, in one step and in place.
 
@@ -100,12 +105,14 @@ def append_one(
         positions: nothing is written at -1.
         encoder: of all layers.
         frequencies: RoPE frequencies, radians per token.
+        shard: writes its own tokens only, and leaves the window alone.
     """
     spec = cache.spec
+    place = positions if shard is None else shard.place(positions)
     assert cache.key_words is not None and spec.values is not None
     assert cache.value_words is not None and cache.value_affine is not None
     window = None
-    if cache.window_keys is not None:
+    if cache.window_keys is not None and shard is None:
         assert cache.window_values is not None
         window = ExactWindow(cache.window_keys, cache.window_values, spec.sinks)
     relative = None
@@ -119,7 +126,7 @@ def append_one(
         ),
         layer,
         encoder,
-        Token(keys[:, 0], values[:, 0], positions[:, 0], relative),
+        Token(keys[:, 0], values[:, 0], place[:, 0], relative),
     )
     cache = replace(
         cache,
@@ -139,6 +146,7 @@ def _append_key_groups(
     layer: Int32[Array, ""],
     keys: Float[Array, "batch tokens kv_heads head_dim"],
     positions: Int32[Array, "batch tokens"],
+    shard: SequenceShard | None,
 ) -> KVCache:
     """Quantises and writes the groups of keys that the chunk completes."""
     assert cache.key_words is not None and cache.key_groups is not None
@@ -154,7 +162,8 @@ def _append_key_groups(
 
     # Scatters drop what lies beyond the capacity, which incomplete groups are sent to.
     end = cache.advance(positions).lengths[:, None]
-    column = jnp.where(position < end - end % group, position, cache.capacity)
+    place = position if shard is None else shard.place(position)
+    column = jnp.where((position < end - end % group) & (place >= 0), place, cache.capacity)
     words = rearrange(pack_column(encoded.codes, codec.bits), "b g n k w -> b (g n) (k w)")
     row = jnp.arange(cache.batch)[:, None]
     return replace(

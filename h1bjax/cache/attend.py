@@ -1,7 +1,10 @@
 """Attention of a chunk of new tokens to a cache and to themselves."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -12,6 +15,7 @@ from h1bjax.cache.kv_cache import KVCache
 from h1bjax.cache.prefill import choose_prefill, fill_and_attend
 from h1bjax.cache.prepared import PreparedCodec
 from h1bjax.cache.scoring import sketch_query
+from h1bjax.cache.sequence_shard import SequenceShard
 from h1bjax.cache.window import (
     as_window,
     is_exact,
@@ -21,6 +25,7 @@ from h1bjax.cache.window import (
 )
 from pallas_kernels.exact_attention import choose, exact_attention
 from pallas_kernels.exact_attention.reference import exact_logits, exact_scores, exact_vectors
+from pallas_kernels.rotary import rotate
 from pallas_kernels.sketch_attention import (
     PackedKeys,
     PackedValues,
@@ -47,6 +52,7 @@ def append_and_attend(
     exact_chunk: bool = False,
     fresh: bool = False,
     prepared: PreparedCodec | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], KVCache]:
     """One layer's attention: stores the chunk, then lets each query see all tokens up to its own.
 
@@ -68,6 +74,8 @@ def append_and_attend(
             attention can run then it does, see `choose_prefill`; it has no gradient.
         prepared: the key codec of all layers. Given that, a single token is stored in one step,
             which has no gradient.
+        shard: which of the tokens this cache stores, where several share them; its window is
+            whole. Attention to the store is then merged over all shards.
     """
     if fresh:
         choice = choose_prefill(cache.spec, query.dtype, cache.head_dim, exact=exact_chunk)
@@ -91,25 +99,48 @@ def append_and_attend(
     single = query.shape[1] == 1 and not exact_chunk
     window_first = bool(cache.spec.window) and single
     if prepared is not None and single and appends_in_one_step(cache.spec, cache.head_dim):
-        stored = append_one(cache, layer, keys, values, positions, prepared.encoder, frequencies)
+        stored = append_one(
+            cache, layer, keys, values, positions, prepared.encoder, frequencies, shard
+        )
+        if window_first and shard is not None:
+            stored = write_window(stored, layer, keys, values, positions)
     else:
         if window_first:
             cache = write_window(cache, layer, keys, values, positions)
-        stored = append(cache, layer, keys, values, positions, parameters, frequencies)
+        stored = append(cache, layer, keys, values, positions, parameters, frequencies, shard)
     stop = positions - cache.spec.window + 1
     if exact_chunk:
         stop = jnp.minimum(stop, cache.lengths[:, None])
     transform = None if prepared is None else prepared.transform
-    partial = _attend_stored(stored, layer, query, parameters, frequencies, stop, transform)
+    attend = partial(
+        _attend_stored, stored, layer, query, parameters, frequencies, transform=transform
+    )
+    if shard is None:
+        found = attend(start=cache.spec.sinks, stop=stop)
+    else:
+        found = shard.merge(_attend_shard(shard, attend, cache.spec.sinks, shard.stop(stop)))
     if window_first:
-        partial = merge(partial, _attend_window(stored.advance(positions), layer, query, positions))
+        found = merge(found, _attend_window(stored.advance(positions), layer, query, positions))
     elif cache.spec.window or exact_chunk:
-        partial = merge(
-            partial, _attend_chunk(cache, layer, query, keys, values, positions, exact_chunk)
+        found = merge(
+            found, _attend_chunk(cache, layer, query, keys, values, positions, exact_chunk)
         )
         if cache.spec.window:
             stored = write_window(stored, layer, keys, values, positions)
-    return partial.output.astype(query.dtype), stored
+    return found.output.astype(query.dtype), stored
+
+
+def _attend_shard(
+    shard: SequenceShard,
+    attend: Callable[..., Partial],
+    sinks: int,
+    stop: Int32[Array, "batch tokens"],
+) -> Partial:
+    """Attention to the tokens of one shard; the first shard alone has the sinks, at its start."""
+    attend = partial(attend, stop=stop, shard=shard)
+    if not sinks:
+        return attend(start=0)
+    return jax.lax.cond(shard.index == 0, lambda: attend(start=sinks), lambda: attend(start=0))
 
 
 def _attend_stored(
@@ -118,10 +149,13 @@ def _attend_stored(
     query: Float[Array, "batch tokens heads head_dim"],
     parameters: CodecParameters | None,
     frequencies: Float[Array, "half_dim"],
+    *,
+    start: int,
     stop: Int32[Array, "batch tokens"],
     transform: PreparedTransform | None,
+    shard: SequenceShard | None = None,
 ) -> Partial:
-    """Attention to the stored tokens `sinks <= n < stop`."""
+    """Attention to the stored tokens `start <= n < stop`, as the store numbers them."""
     spec = cache.spec
     if spec.evict:
         empty = jnp.zeros(query.shape, jnp.float32)
@@ -133,27 +167,32 @@ def _attend_stored(
     if spec.exact:
         assert cache.keys is not None and cache.values is not None
         return exact_attention(
-            query, cache.keys, cache.values, layer, dtype=cache.dtype, start=0, stop=stop
+            query, cache.keys, cache.values, layer, dtype=cache.dtype, start=start, stop=stop
         )
     if spec.keys is None:
         assert cache.keys is not None
         scores = exact_scores(cache.keys, cache.dtype, layer, query)
-        return _attend_blocks(cache, layer, query, scores, packed, stop)
+        return _attend_blocks(cache, layer, query, scores, packed, start, stop)
     if isinstance(spec.keys, ChannelQuantisedKeys):
         assert cache.key_words is not None and cache.key_groups is not None
         scores = channel_scores(spec.keys, cache.key_words, cache.key_groups, layer, query)
-        return _attend_blocks(cache, layer, query, scores, packed, stop)
+        return _attend_blocks(cache, layer, query, scores, packed, start, stop)
     assert parameters is not None and cache.key_words is not None
     scoring, shift = sketch_query(spec, spec.keys, parameters, query, frequencies)
     scoring = replace(scoring, prepared=transform)
+    if shard is not None and scoring.rope is not None:
+        # Blocks that follow each other in the store are several blocks apart.
+        spread = replace(scoring.rope, frequencies=shard.block_frequencies(frequencies))
+        vectors = rotate(scoring.vectors, -shard.offset, frequencies)
+        scoring = replace(scoring, vectors=vectors, rope=spread)
     keys = PackedKeys(cache.key_words, cache.key_scales)
     # The kernel takes values with one scale and zero for the whole head.
     if packed is not None and packed.affine.shape[2] == cache.kv_heads:
-        partial = sketch_attention(scoring, keys, packed, layer, start=spec.sinks, stop=stop)
+        found = sketch_attention(scoring, keys, packed, layer, start=start, stop=stop)
     else:
         scores = sketch_scores(scoring, keys, layer)
-        partial = _attend_blocks(cache, layer, query, scores, packed, stop)
-    return Partial(partial.output, partial.lse + shift)
+        found = _attend_blocks(cache, layer, query, scores, packed, start, stop)
+    return Partial(found.output, found.lse + shift)
 
 
 def _attend_blocks(
@@ -162,6 +201,7 @@ def _attend_blocks(
     query: Float[Array, "batch tokens heads head_dim"],
     scores: BlockScores,
     packed: PackedValues | None,
+    start: int,
     stop: Int32[Array, "batch tokens"],
 ) -> Partial:
     """Combinations of stored keys and values that have no kernel."""
@@ -173,7 +213,7 @@ def _attend_blocks(
     return attend_blocks(
         scores,
         values,
-        start=cache.spec.sinks,
+        start=start,
         stop=stop,
         capacity=cache.capacity,
         kv_heads=cache.kv_heads,
@@ -222,10 +262,10 @@ def _attend_chunk(
     if not exact_chunk:
         visible &= is_exact(cache, positions, positions)
         keys, values = as_window(keys), as_window(values)
-    partial = _attend_vectors(query, keys, values, visible)
+    found = _attend_vectors(query, keys, values, visible)
     if not cache.spec.window:
-        return partial
-    return merge(partial, _attend_window(cache, layer, query, positions))
+        return found
+    return merge(found, _attend_window(cache, layer, query, positions))
 
 
 def _attend_vectors(

@@ -1,7 +1,6 @@
 """Attention without a cache: the same result from keys decoded at once, for a whole sequence.
 
-This is the form that training differentiates. It shares the codecs with the cache and nothing
-else, so each checks the other.
+It shares the codecs with the cache and nothing else, so each checks the other.
 """
 
 import jax
@@ -124,7 +123,9 @@ def sketched_logits(
         logits = logits + _by_group(parameters.offset[...], kv_heads)
     variance = half_variance(spec, codec, query)
     if variance is not None and encoded.scale is not None:
-        energy = jnp.square(encoded.scale.astype(jnp.float32)) * squared_code_norm(encoded, codec)
+        energy = jnp.square(encoded.scale.astype(jnp.float32)) * squared_code_norm(
+            encoded.signs, codec
+        )
         by_query = rearrange(variance, "b q (k g) -> b k g q 1", k=kv_heads)
         logits = logits - by_query * rearrange(energy, "b t k -> b k 1 1 t")
     return logits + exact_logits(query, _by_head(mean))

@@ -46,6 +46,8 @@ class KVCache:
         head_dim: channels of a key. Static.
         dtype: of exact keys and values; the compute dtype. Static.
         sliding_window: the model's, which no row may outgrow; None where it has none. Static.
+        sequence_shards: parts of equal size into which tokens are divided, one after the other in
+            the arrays; `h1bjax.cache.sequence_shard` says which token lies where. Static.
     """
 
     key_words: Int32[Array, "layers batch rows tokens"] | None
@@ -63,6 +65,7 @@ class KVCache:
     head_dim: int = field(metadata={"static": True})
     dtype: jnp.dtype = field(metadata={"static": True})
     sliding_window: int | None = field(metadata={"static": True})
+    sequence_shards: int = field(default=1, metadata={"static": True})
 
     @classmethod
     def init(
@@ -73,6 +76,7 @@ class KVCache:
         batch: int,
         max_length: int,
         dtype: DTypeLike = jnp.bfloat16,
+        sequence_shards: int = 1,
     ) -> Self:
         """An empty cache.
 
@@ -82,6 +86,7 @@ class KVCache:
             batch: sequences.
             max_length: tokens each sequence can hold; rounded up to a multiple of 128.
             dtype: the compute dtype, in which exact keys and values are stored.
+            sequence_shards: parts into which tokens are divided, each a multiple of 128.
 
         Raises:
             ValueError: a size is not positive, `max_length` exceeds the model's sliding window,
@@ -89,7 +94,7 @@ class KVCache:
         """
         if batch <= 0:
             raise ValueError(f"batch={batch} must be positive")
-        capacity = padded_capacity(max_length)
+        capacity = padded_capacity(max_length, sequence_shards)
         if config.sliding_window is not None and max_length > config.sliding_window:
             raise ValueError(
                 f"max_length={max_length} exceeds the model's sliding window of "
@@ -137,6 +142,7 @@ class KVCache:
             head_dim=head_dim,
             dtype=jnp.dtype(dtype),
             sliding_window=config.sliding_window,
+            sequence_shards=sequence_shards,
         )
 
     @property
@@ -240,13 +246,19 @@ class KVCache:
                 f"max_length={max_length} exceeds the model's sliding window of "
                 f"{self.sliding_window} tokens"
             )
-        capacity = padded_capacity(max_length)
-        added = capacity - self.capacity
+        shards = self.sequence_shards
+        capacity = padded_capacity(max_length, shards)
+        added = (capacity - self.capacity) // shards
         group = self.spec.keys.group if isinstance(self.spec.keys, ChannelQuantisedKeys) else 1
 
         def pad(array: Array | None, axis: int, amount: int) -> Array | None:
-            widths = [(0, amount if axis == index else 0) for index in range(4)]
-            return None if array is None else jnp.pad(array, widths)
+            if array is None:
+                return None
+            shape = array.shape
+            parts = (shards, shape[axis] // shards)
+            widths = [(0, amount if axis + 1 == index else 0) for index in range(5)]
+            grown = jnp.pad(array.reshape(*shape[:axis], *parts, *shape[axis + 1 :]), widths)
+            return grown.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
         return replace(
             self,

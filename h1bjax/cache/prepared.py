@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Self
 
+import jax
+
 from h1bjax.cache.keys import CodecParameters
 from h1bjax.cache.spec import CacheSpec
 from pallas_kernels.append import KeyEncoder
 from pallas_kernels.sketch_attention import PreparedTransform, prepare_transform
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PreparedCodec:
     """A key codec as kernels read it: of all layers, so that no layer need be cut out.

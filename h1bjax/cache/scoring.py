@@ -91,12 +91,12 @@ def half_variance(
 
 
 def squared_code_norm(
-    encoded: EncodedKeys, codec: KeyCodec
+    signs: Float[Array, "batch tokens kv_heads bits"], codec: KeyCodec
 ) -> Float[Array, "batch tokens kv_heads"]:
-    """`‖code‖²` of sketched keys, see `SketchQuery.planes`."""
-    code = encoded.signs
+    """`‖code‖²` of keys from the signs of their sketches, see `SketchQuery.planes`."""
+    code = signs
     if codec.planes == 2:
-        sign, second = jnp.split(code, 2, axis=-1)
+        sign, second = jnp.split(signs, 2, axis=-1)
         code = 2.0 * sign + second
     return jnp.sum(jnp.square(code), axis=-1)
 

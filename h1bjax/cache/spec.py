@@ -168,15 +168,16 @@ class CacheSpec:
         return heads * (stored + window)
 
 
-def padded_capacity(max_length: int) -> int:
-    """`max_length` rounded up to a multiple of 128 tokens.
+def padded_capacity(max_length: int, shards: int = 1) -> int:
+    """`max_length` rounded up to a multiple of 128 tokens for each shard.
 
     Raises:
         ValueError: `max_length` is not positive.
     """
     if max_length <= 0:
         raise ValueError(f"max_length={max_length} must be positive")
-    return -(-max_length // TOKEN_BLOCK) * TOKEN_BLOCK
+    multiple = shards * TOKEN_BLOCK
+    return -(-max_length // multiple) * multiple
 
 
 def _signs(name: str, keys: KeyCodec, values: QuantisedValues) -> CacheSpec:

@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer, with --init"
     )
+    _add_student(parser)
     _add_files(parser, "--text", "to train on: .txt or .jsonl, or compressed", required=True)
     _add_files(parser, "--valid", "to evaluate the trained model on")
     parser.add_argument(
@@ -66,7 +67,14 @@ def add_parser(commands: Any) -> None:
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="its peak; default: 1e-3 with --init, 1e-4 with --model",
+        help="its peak; default: 1e-3 with --init and for lora, otherwise 1e-4",
+    )
+    parser.add_argument(
+        "--codec-rate",
+        type=float,
+        metavar="RATE",
+        help="that of the key codec, as a fraction of the size of its arrays; default: 0.03 for "
+        "temperatures, otherwise 0.003",
     )
     parser.add_argument(
         "--warmup",
@@ -87,6 +95,17 @@ def add_parser(commands: Any) -> None:
         default="bfloat16",
         help="of the arithmetic; weights are trained in float32; default: %(default)s",
     )
+    parser.add_argument(
+        "--no-remat",
+        dest="remat",
+        action="store_false",
+        help="keep all results for the backward pass: faster, and needs more memory",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices to divide rows and weights among, such as batch=4,tensor=2; default: one",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--checkpoint-every",
@@ -94,6 +113,39 @@ def add_parser(commands: Any) -> None:
         default=500,
         metavar="N",
         help="steps between checkpoints; default: %(default)s",
+    )
+
+
+def _add_student(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        metavar="PRESET",
+        help="train the model to read this cache; default: train the plain model",
+    )
+    parser.add_argument(
+        "--train",
+        dest="trained",
+        choices=("temperatures", "decoders", "lora", "everything"),
+        default="everything",
+        help="what changes: temperatures and offsets of the scores; these and the decoders of the "
+        "keys; these and low-rank changes of all matrices; all weights; default: %(default)s",
+    )
+    parser.add_argument(
+        "--rank", type=positive, metavar="N", help="of the changes of lora; default: 16"
+    )
+    parser.add_argument(
+        "--next-token",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="weight of the loss on the next token; default: %(default)s",
+    )
+    parser.add_argument(
+        "--distillation",
+        type=float,
+        metavar="W",
+        help="weight of the divergence from the model before training, with exact attention; "
+        "default: 1 with --cache, otherwise 0",
     )
 
 
@@ -116,9 +168,10 @@ def _run(options: argparse.Namespace) -> None:
     print(f"model           {outcome.model}")
     if outcome.loss is not None:
         print(f"training loss   {outcome.loss:.6f}")
-    if outcome.evaluation is not None:
-        print(f"nats per token  {outcome.evaluation.nats_per_token:.6f}")
-        print(f"bits per byte   {outcome.evaluation.bits_per_byte:.6f}")
+    for name, evaluation in outcome.evaluations.items():
+        print(f"cache           {name}")
+        print(f"nats per token  {evaluation.nats_per_token:.6f}")
+        print(f"bits per byte   {evaluation.bits_per_byte:.6f}")
 
 
 def check_train_package() -> None:

@@ -8,9 +8,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from h1bjax.cli.options import add_cache, add_dtype, add_json, add_model, load_model, positive
+from h1bjax.cli.processes import add_mesh, join_processes
 from h1bjax.cli.report import cache_report, print_json, print_summary
 
 if TYPE_CHECKING:
+    from h1bjax.cache import KVCache
     from h1bjax.model import Model
 
 
@@ -71,6 +73,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     add_json(parser, "print one JSON object")
+    add_mesh(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -78,6 +81,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--stream prints text as it comes and --json one object: choose one")
     if options.stream and len(options.prompts) > 1:
         raise ValueError(f"--stream takes one prompt, not {len(options.prompts)}")
+    first = join_processes(options)
     from h1bjax.sampling import Sampling
 
     # Loading may take minutes, so what can be checked without a model is checked before.
@@ -97,7 +101,9 @@ def _run(options: argparse.Namespace) -> None:
         )
     }
     if options.stream:
-        _stream(model, options.prompts[0], chosen)
+        summary = _stream(model, options.prompts[0], chosen)
+        if first:
+            print_summary(model, *summary)
         return
     out = model.generate(options.prompts, **chosen)
     assert out.text is not None
@@ -116,10 +122,12 @@ def _run(options: argparse.Namespace) -> None:
             print(f"{'' if index == 0 else chr(10)}==> prompt {index + 1} <==")
         print(prompt + text)
     sys.stdout.flush()
-    print_summary(model, out.cache, sum(map(len, out.tokens)), out.tokens_per_second)
+    if first:
+        print_summary(model, out.cache, sum(map(len, out.tokens)), out.tokens_per_second)
 
 
-def _stream(model: Model, prompt: str, chosen: dict[str, Any]) -> None:
+def _stream(model: Model, prompt: str, chosen: dict[str, Any]) -> tuple[KVCache, int, float | None]:
+    """Prints the text as it comes; returns the cache, the number of tokens and their speed."""
     count, begin, end = 0, None, None
     step = None
     for step in model.stream(prompt, **chosen):
@@ -135,4 +143,4 @@ def _stream(model: Model, prompt: str, chosen: dict[str, Any]) -> None:
     sys.stdout.flush()
     assert step is not None and begin is not None and end is not None
     speed = (count - 1) / (end - begin) if count > 1 else None
-    print_summary(model, step.cache, count, speed)
+    return step.cache, count, speed

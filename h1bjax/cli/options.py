@@ -64,8 +64,9 @@ def positive(text: str) -> int:
 
 
 def load_model(options: argparse.Namespace) -> Model:
-    """The model that --model, --cache and --dtype describe."""
+    """The model that --model, --cache, --dtype and, where there is one, --mesh describe."""
     from h1bjax.model import load
 
     dtype = None if options.dtype == "auto" else options.dtype
-    return load(options.model, cache=options.cache, dtype=dtype)
+    mesh = getattr(options, "mesh", None)
+    return load(options.model, cache=options.cache, dtype=dtype, mesh=mesh)
