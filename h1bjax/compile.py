@@ -11,7 +11,7 @@ import jax
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-GPU_OPTIONS = MappingProxyType(
+GPU_OPTIONS: Mapping[str, bool | int | str] = MappingProxyType(
     {
         # Layers run under a scan. Library calls read a layer's weights where they lie in the stack;
         # XLA's own matrix products would have them copied out of it first, every layer, every step.

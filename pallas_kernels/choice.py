@@ -6,8 +6,9 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 from pallas_kernels.device import cuda_capability
+from pallas_kernels.mosaic_tpu.device import OLDEST
 
-Implementation = Literal["xla", "mosaic_gpu", "triton"]
+Implementation = Literal["xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 
 HOPPER = (9, 0)
 AMPERE = (8, 0)
@@ -67,3 +68,19 @@ def _choose_on_hopper(
     if refusal is not None:
         return Choice("xla", f"mosaic_gpu cannot run this: {refusal}")
     return Choice("mosaic_gpu", "a GPU of Hopper or later")
+
+
+def choose_on_tpu(generation: int, refusal: str | None, relayout: str | None) -> Choice:
+    """The choice for an operation with a kernel for TPUs, where the default device is one.
+
+    Args:
+        generation: of the TPU.
+        refusal: why the kernel cannot run the arguments, None if it can.
+        relayout: why it would have them copied, None if it would not.
+    """
+    if generation < OLDEST:
+        return Choice("xla", f"TPU v{generation} is older than v{OLDEST}")
+    problem = refusal or relayout
+    if problem is not None:
+        return Choice("xla", f"mosaic_tpu cannot run this: {problem}")
+    return Choice("mosaic_tpu", f"a TPU v{generation}")

@@ -1,11 +1,20 @@
 """The one entry to the append of a decode step."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.append import reference
 from pallas_kernels.append.arguments import KeyEncoder, StoredTokens, Token
-from pallas_kernels.choice import Choice, Implementation, choose_on_hopper
+from pallas_kernels.choice import (
+    Choice,
+    Implementation,
+    choose_on_hopper,
+    choose_on_tpu,
+    log_once,
+)
+from pallas_kernels.mosaic_tpu.device import tpu_generation
+from pallas_kernels.mosaic_tpu.layout import relayout
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
 
 
@@ -35,10 +44,15 @@ def append_token(
         ValueError: the shapes do not describe one cache, or the implementation cannot run them.
     """
     _check(stored, encoder, token)
-    if choose(stored, encoder, token, implementation).implementation == "mosaic_gpu":
+    chosen = choose(stored, encoder, token, implementation).implementation
+    if chosen == "mosaic_gpu":
         from pallas_kernels.append import gpu_mosaic
 
         return gpu_mosaic.append_token(stored, layer, encoder, token)
+    if chosen == "mosaic_tpu":
+        from pallas_kernels.append import tpu
+
+        return tpu.append_token(stored, layer, encoder, token)
     return reference.append_token(stored, layer, encoder, token)
 
 
@@ -59,7 +73,15 @@ def choose(
 
         return gpu_mosaic.refusal(stored, encoder, token)
 
-    return choose_on_hopper("append_token", implementation, refuse)
+    generation = tpu_generation()
+    if implementation == "mosaic_tpu":
+        choice = Choice("mosaic_tpu", "the caller asked for it")
+    elif implementation is None and generation is not None:
+        choice = choose_on_tpu(generation, None, relayout(jax.tree.leaves(stored)))
+    else:
+        return choose_on_hopper("append_token", implementation, refuse)
+    log_once("append_token", choice)
+    return choice
 
 
 def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:

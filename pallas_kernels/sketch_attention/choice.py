@@ -3,10 +3,20 @@
 from importlib import import_module
 from types import ModuleType
 
+import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.choice import AMPERE, HOPPER, Choice, Implementation, log_once
+from pallas_kernels.choice import (
+    AMPERE,
+    HOPPER,
+    Choice,
+    Implementation,
+    choose_on_tpu,
+    log_once,
+)
 from pallas_kernels.device import cuda_capability
+from pallas_kernels.mosaic_tpu.device import tpu_generation
+from pallas_kernels.mosaic_tpu.layout import relayout
 from pallas_kernels.sketch_attention.arguments import (
     PackedKeys,
     PackedValues,
@@ -14,7 +24,12 @@ from pallas_kernels.sketch_attention.arguments import (
     SketchQuery,
 )
 
-_MODULES = {"xla": "reference", "mosaic_gpu": "gpu_mosaic", "triton": "gpu_triton"}
+_MODULES = {
+    "xla": "reference",
+    "mosaic_gpu": "gpu_mosaic",
+    "triton": "gpu_triton",
+    "mosaic_tpu": "tpu",
+}
 
 
 def choose(
@@ -64,6 +79,10 @@ def implementation_named(name: Implementation) -> ModuleType:
 
 
 def _fastest(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> Choice:
+    generation = tpu_generation()
+    if generation is not None:
+        refusal = implementation_named("mosaic_tpu").refusal(query, keys, values)
+        return choose_on_tpu(generation, refusal, relayout(jax.tree.leaves((keys, values))))
     capability = cuda_capability()
     if capability is None:
         return Choice("xla", "the default device is no NVIDIA GPU")
