@@ -1,4 +1,4 @@
-"""The command line: `generate`, `calibrate`, `finetune`, `eval`, `bench`, `cache-size`, `convert`.
+"""The command line.
 
 Every command has a module here. Only argparse is imported before the arguments are known to be
 good, so that help and mistakes answer at once.
@@ -14,7 +14,19 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TextIO
 
-from h1bjax.cli import bench, cache_size, calibrate, convert, finetune, generate, perplexity
+from h1bjax.cli import (
+    bench,
+    cache_size,
+    calibrate,
+    convert,
+    doctor,
+    finetune,
+    generate,
+    perplexity,
+    processes,
+    retrieval,
+    tasks,
+)
 
 PROGRAM = "h1bjax"
 
@@ -57,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ImportError,
     ) as error:
         _report(f"error: {error}" if str(error) else f"error: {type(error).__name__}")
+        if processes.are_joined():
+            _report("this ends the process; if another one was lost, its own messages say why")
+            # An orderly end would wait for processes that never come, and then abort.
+            os._exit(EXIT_ERROR)
         return EXIT_ERROR
     return 0
 
@@ -80,13 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     calibrate.add_parser(commands)
     evaluate = commands.add_parser("eval", help="measure a model's quality")
-    perplexity.add_parser(
-        evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
-    )
+    measures = evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
+    for measure in (perplexity, retrieval, tasks):
+        measure.add_parser(measures)
     bench.add_parser(commands)
     cache_size.add_parser(commands)
     convert.add_parser(commands)
     finetune.add_parser(commands)
+    doctor.add_parser(commands)
     return parser
 
 

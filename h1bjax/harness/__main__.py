@@ -1,0 +1,13 @@
+"""The command line of lm-evaluation-harness, with the model "h1bjax"."""
+
+import sys
+
+try:
+    import h1bjax.harness.model  # noqa: F401  (registers the model)
+except ModuleNotFoundError as missing:
+    sys.exit(f"h1bjax: error: {missing}")
+
+from lm_eval.__main__ import cli_evaluate
+
+if __name__ == "__main__":
+    cli_evaluate()
