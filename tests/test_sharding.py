@@ -66,12 +66,12 @@ def check(preset, sizes):
     )
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 2, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 8)], ids=str)
 def test_every_axis_gives_the_same_tokens(sizes):
     check("h1b-p32-v2", sizes)
 
 
-@pytest.mark.parametrize("preset", ["exact", "h1b", "h1b-paper", "kivi-2"])
+@pytest.mark.parametrize("preset", ["exact", "h1b", "h1b-p32-v2"])
 def test_every_kind_of_cache_gives_the_same_tokens(preset):
     check(preset, (2, 2, 2))
 
