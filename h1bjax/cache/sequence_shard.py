@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from h1bjax.cache.spec import CacheSpec
 from pallas_kernels.packing import TOKEN_BLOCK
-from pallas_kernels.sketch_attention import Partial
+from pallas_kernels.sketch_attention import Partial, merge
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,4 @@ class SequenceShard:
         """The attention over the tokens of all shards, by one collective."""
         own = jnp.concatenate([partial.output, partial.lse[..., None]], axis=-1)
         found = jax.lax.all_gather(own, self.axis)
-        output, lse = found[..., :-1], found[..., -1]
-        highest = jnp.max(lse, axis=0)
-        reference = jnp.where(jnp.isneginf(highest), 0.0, highest)
-        weight = jnp.exp(lse - reference)
-        total = jnp.sum(weight, axis=0)
-        divisor = jnp.where(total == 0.0, 1.0, total)
-        merged = jnp.sum(weight[..., None] * output, axis=0) / divisor[..., None]
-        return Partial(merged, jnp.where(total == 0.0, -jnp.inf, reference + jnp.log(divisor)))
+        return merge(*(Partial(part[..., :-1], part[..., -1]) for part in found))

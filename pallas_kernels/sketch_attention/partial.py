@@ -6,6 +6,7 @@ weighting outputs with `exp(lse - merged lse)` (Milakov and Gimelshein, arXiv 18
 Dao et al., arXiv 2205.14135).
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -59,18 +60,18 @@ def softmax_partial(
     return Partial(output, lse[..., 0])
 
 
-def merge(first: Partial, second: Partial) -> Partial:
-    """The attention over both parts' keys, which must be disjoint. Exact up to rounding."""
-    highest = jnp.maximum(first.lse, second.lse)
+def merge(*parts: Partial) -> Partial:
+    """The attention over the keys of all parts, which must be disjoint. Exact up to rounding."""
+    highest = reduce(jnp.maximum, (part.lse for part in parts))
     reference = jax.lax.stop_gradient(jnp.where(jnp.isneginf(highest), 0.0, highest))
-    weight_first, weight_second = (
-        jnp.where(jnp.isneginf(part.lse), 0.0, jnp.exp(part.lse - reference))
-        for part in (first, second)
-    )
-    total = weight_first + weight_second
+    weights = [
+        jnp.where(jnp.isneginf(part.lse), 0.0, jnp.exp(part.lse - reference)) for part in parts
+    ]
+    total = reduce(jnp.add, weights)
     empty = total == 0.0
     divisor = jnp.where(empty, 1.0, total)
-    output = (
-        weight_first[..., None] * first.output + weight_second[..., None] * second.output
-    ) / divisor[..., None]
+    weighted = (
+        weight[..., None] * part.output for weight, part in zip(weights, parts, strict=True)
+    )
+    output = reduce(jnp.add, weighted) / divisor[..., None]
     return Partial(output, jnp.where(empty, -jnp.inf, reference + jnp.log(divisor)))
