@@ -175,7 +175,7 @@ def load_parameters(
 def save_pretrained(
     folder: str | PathLike[str],
     config: LlamaConfig,
-    parameters: Mapping[str, Array],
+    parameters: Mapping[str, Array | np.ndarray],
     max_shard_bytes: float = 5e9,
     source: str | PathLike[str] | None = None,
 ) -> None:
@@ -483,7 +483,9 @@ def copy_pretrained(source: Path, folder: Path) -> None:
 
 
 def _check_parameters(
-    parameters: Mapping[str, Array], table: Mapping[str, ParameterInfo], config: LlamaConfig
+    parameters: Mapping[str, Array | np.ndarray],
+    table: Mapping[str, ParameterInfo],
+    config: LlamaConfig,
 ) -> None:
     problems = [f"missing: {name}" for name in table if name not in parameters]
     for name, array in parameters.items():
@@ -502,7 +504,9 @@ def _check_parameters(
 
 
 def _stored_tensors(
-    table: Mapping[str, ParameterInfo], parameters: Mapping[str, Array], config: LlamaConfig
+    table: Mapping[str, ParameterInfo],
+    parameters: Mapping[str, Array | np.ndarray],
+    config: LlamaConfig,
 ) -> list[_StoredTensor]:
     """Tensors in the order of the forward pass, so that a shard holds whole layers."""
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from h1bjax.checkpoint import ShardingRule
@@ -108,12 +108,21 @@ def parameter_sharding(mesh: Mesh, config: LlamaConfig) -> ShardingRule:
     return rule
 
 
+def put(array: Array | np.ndarray, where: Sharding) -> Array:
+    """An array where it belongs; one that is not divided yet must be the same in all processes."""
+    divided = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if where.is_fully_addressable or divided:
+        return jax.device_put(array, where)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, where, whole.__getitem__)
+
+
 def place_by_heads(mesh: Mesh | None, stacked: _Tree) -> _Tree:
     """Arrays `[layers, heads or kv_heads, ...]`, divided by heads; as they are without a mesh."""
     if mesh is None:
         return stacked
     place = NamedSharding(mesh, PartitionSpec(None, TENSOR))
-    return jax.tree.map(lambda array: jax.device_put(array, place), stacked)
+    return jax.tree.map(lambda array: put(array, place), stacked)
 
 
 def spread_rows(mesh: Mesh | None, x: Array) -> Array:

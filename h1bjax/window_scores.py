@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from h1bjax.cache import KVCache
 from h1bjax.decoder import Decoder
+from h1bjax.sharding import padded_rows, to_host
 from h1bjax.windows import Windows
 
 SCORE_CHUNK = 512
@@ -96,7 +97,7 @@ def score_windows(
         raise ValueError(f"batch={batch} must be at least 1")
     if windows.longest > length:
         raise ValueError(f"windows of {windows.longest} tokens do not fit length={length}")
-    cache = decoder.init_cache(batch=batch, max_length=length)
+    cache = decoder.init_cache(batch=padded_rows(decoder.mesh, batch), max_length=length)
     nats = np.zeros(windows.inputs.shape, np.float64)
     correct = np.zeros(windows.inputs.shape, bool)
     # disable=None shows the bar on a terminal only.
@@ -141,7 +142,7 @@ def _score_rows(
     # Read only now, so that the device has all chunks to work on meanwhile.
     for index_of, scored in enumerate(parts):
         part = (slice(None), slice(index_of * width, (index_of + 1) * width))
-        nats[part], correct[part] = scored
+        nats[part], correct[part] = map(to_host, scored)
     return nats[here], correct[here], cache
 
 

@@ -1,5 +1,6 @@
-"""Two real processes that decode together, over Gloo, as hosts of a cluster do."""
+"""Two real processes that decode or train together, over Gloo, as hosts of a cluster do."""
 
+import json
 import os
 import signal
 import socket
@@ -10,13 +11,17 @@ import time
 import pytest
 from toy import load_quietly
 
+from train.job import run
+from train.log import read_log
+from train.options import Job
+
 pytestmark = pytest.mark.once
 
 PROMPTS = ("the cat", "hat")
 
 
-def start(folder, index, *options, devices):
-    """One process of two; `options` are the same in both."""
+def start(index, *command, devices):
+    """One process of two; `command` is the same in both."""
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
@@ -24,11 +29,23 @@ def start(folder, index, *options, devices):
         PYTHONPATH=os.pathsep.join(sys.path),
         PYTHONWARNINGS="ignore",
     )
-    command = [sys.executable, "-u", "-m", "h1bjax.cli", "generate", "--model", str(folder)]
-    command += ["--cache", "h1b-signs", *options, "--processes", "2", "--process", str(index)]
+    begin = [sys.executable, "-u", "-m", "h1bjax.cli", *map(str, command)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*begin, "--processes", "2", "--process", str(index)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def run_pair(*command):
+    """What both print, the first with its complaints."""
+    command = (*command, "--coordinator", address())
+    pair = [start(index, *command, devices=2) for index in range(2)]
+    (first, complaints), (second, others) = (one.communicate(timeout=400) for one in pair)
+    assert [one.returncode for one in pair] == [0, 0], complaints + others
+    return first, complaints, second, others
 
 
 def address():
@@ -38,12 +55,11 @@ def address():
 
 
 def test_two_processes_generate_what_one_does(toy_folder):
-    options = ["--mesh", "batch=2,tensor=2", "--coordinator", address(), "--max-new-tokens", "8"]
+    command = ["generate", "--model", toy_folder, "--cache", "h1b-signs"]
+    command += ["--mesh", "batch=2,tensor=2", "--max-new-tokens", "8"]
     for prompt in PROMPTS:
-        options += ["--prompt", prompt]
-    pair = [start(toy_folder, index, *options, devices=2) for index in range(2)]
-    (first, complaints), (second, others) = (one.communicate(timeout=240) for one in pair)
-    assert [one.returncode for one in pair] == [0, 0], complaints + others
+        command += ["--prompt", prompt]
+    first, complaints, second, others = run_pair(*command)
     expected = load_quietly(toy_folder, "h1b-signs").generate(list(PROMPTS), max_new_tokens=8)
     for prompt, text in zip(PROMPTS, expected.text, strict=True):
         assert prompt + text in first
@@ -52,10 +68,49 @@ def test_two_processes_generate_what_one_does(toy_folder):
     assert "cache h1b-signs" not in others
 
 
+@pytest.mark.parametrize("cache", [None, pytest.param("h1b-signs", marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_does(toy_folder, tmp_path, cache):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, and the dog sat on the log.\n" * 40)
+    job = Job(
+        text=(text,),
+        valid=(text,),
+        out=tmp_path / "one",
+        steps=4,
+        model=str(toy_folder),
+        cache=cache,
+        batch=4,
+        context=80,
+        dtype="float32",
+        checkpoint_every=3,
+    )
+    run(job)
+    out = tmp_path / "two"
+    command = ["finetune", "--model", toy_folder, "--text", text, "--valid", text, "--out", out]
+    command += ["--steps", job.steps, "--batch", job.batch, "--context", job.context]
+    command += ["--dtype", job.dtype, "--checkpoint-every", job.checkpoint_every]
+    command += ["--mesh", "batch=2,tensor=2", *(["--cache", cache] if cache else [])]
+    first, _, second, _ = run_pair(*command)
+    assert "bits per byte" in first
+    assert second == ""
+
+    found, expected = (read_log(folder / "log.csv") for folder in (out, job.out))
+    assert [row.step for row in found] == [row.step for row in expected]
+    assert [row.loss for row in found] == pytest.approx([row.loss for row in expected], rel=1e-3)
+    found, expected = (
+        json.loads((folder / "evaluation.json").read_text())["caches"] for folder in (out, job.out)
+    )
+    assert found.keys() == expected.keys()
+    for name, figures in expected.items():
+        assert found[name] == pytest.approx(figures, rel=1e-3)
+    assert load_quietly(out / "model").generate("the", max_new_tokens=2).text
+
+
 def test_when_one_process_is_lost_the_other_says_so_and_ends(toy_folder):
-    options = ["--mesh", "tensor=2", "--coordinator", address(), "--max-new-tokens", "900"]
-    options += ["--stream", "--prompt", "the"]
-    pair = [start(toy_folder, index, *options, devices=1) for index in range(2)]
+    command = ["generate", "--model", toy_folder, "--cache", "h1b-signs", "--stream"]
+    command += ["--mesh", "tensor=2", "--max-new-tokens", "900", "--prompt", "the"]
+    command += ["--coordinator", address()]
+    pair = [start(index, *command, devices=1) for index in range(2)]
     try:
         read = ""
         while "the" not in read:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from h1bjax.fingerprint import file_sha256
 from h1bjax.json_file import read_json_object
+from train.processes import is_first
 from train.step import TrainState
 
 KEPT = 2
@@ -103,6 +104,8 @@ class Checkpoints:
         step, self._saving = self._saving, None
         with self._reporting(step):
             self._manager.wait_until_finished()
+            if not is_first():
+                return
             folder = self._folder / str(step)
             listed = {name: file_sha256(folder / name) for name in _files(folder)}
             unfinished = folder / f"{CHECKSUMS}.partial"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 from jaxtyping import Array
 
 from h1bjax.cache import CacheSpec
@@ -16,6 +17,7 @@ from h1bjax.checkpoint import save_pretrained
 from h1bjax.evaluate import Perplexity, perplexity
 from h1bjax.fingerprint import file_sha256
 from h1bjax.model import load
+from h1bjax.sharding import to_host
 from h1bjax.text_files import read_documents
 from train.checkpoint import Checkpoints
 from train.curve import draw_curve
@@ -25,6 +27,7 @@ from train.log import read_log
 from train.loop import train
 from train.options import Job
 from train.plan import Plan
+from train.processes import is_first, wait_for_all
 from train.student import fixed_codec, merged_codec, merged_weights
 
 EXACT = CacheSpec.preset("exact")
@@ -61,6 +64,7 @@ def run(job: Job) -> Outcome:
     folder.check(settings)
     # Whatever is wrong with the validation text should be known before training.
     valid = read_documents(job.valid) if job.valid else []
+    wait_for_all("all have checked the folder")
     if not folder.model.is_dir():
         text = PackedText(
             pack(
@@ -71,11 +75,15 @@ def run(job: Job) -> Outcome:
             ),
             plan.context,
         )
-        folder.claim(settings)
+        if is_first():
+            folder.claim(settings)
+        wait_for_all("the folder is this job's")
         with Checkpoints(folder.checkpoints) as checkpoints:
             state = train(plan, text, folder, checkpoints)
-        draw_curve(read_log(folder.log), folder.curve)
+        if is_first():
+            draw_curve(read_log(folder.log), folder.curve)
         _export(folder, plan, text, state.parameters)
+        wait_for_all("the model is whole")
     rows = read_log(folder.log)
     evaluations = _evaluate(folder, plan, valid) if valid else {}
     return Outcome(folder.model, rows[-1].loss if rows else None, evaluations)
@@ -83,15 +91,17 @@ def run(job: Job) -> Outcome:
 
 def _export(folder: JobFolder, plan: Plan, text: PackedText, trained: Mapping[str, Array]) -> None:
     """Writes the model, and beside its weights the calibration of the cache it was trained for."""
+    scope, origin = plan.job.scope, plan.origin()
+    weights = merged_weights(plan.config, scope, trained, origin.weights)
+    narrow = {name: to_host(array.astype(plan.config.dtype)) for name, array in weights.items()}
+    codec = jax.tree.map(to_host, merged_codec(trained, fixed_codec(scope, origin)))
+    if not is_first():
+        return
     partial_model = folder.path / "model.partial"
     if partial_model.exists():
         shutil.rmtree(partial_model)
-    scope, origin = plan.job.scope, plan.origin()
-    weights = merged_weights(plan.config, scope, trained, origin.weights)
-    narrow = {name: array.astype(plan.config.dtype) for name, array in weights.items()}
     save_pretrained(partial_model, plan.config, narrow, source=plan.source)
     if is_calibratable(scope.spec):
-        codec = merged_codec(trained, fixed_codec(scope, origin))
         calibration = Calibration(scope.spec, codec, origin.rotation)
         save_calibration(partial_model, calibration, _described(plan, text))
     partial_model.rename(folder.model)
@@ -111,7 +121,7 @@ def _evaluate(folder: JobFolder, plan: Plan, documents: list[str]) -> dict[str, 
     size = plan.job.batch // plan.job.microbatches
     evaluations = {}
     for spec in dict.fromkeys((EXACT, plan.job.scope.spec)):
-        model = load(folder.model, cache=spec)
+        model = load(folder.model, cache=spec, mesh=plan.placement.mesh)
         evaluations[spec.name] = perplexity(model, documents, context=plan.context, batch=size)
     figures = {
         "context": plan.context,
@@ -125,5 +135,6 @@ def _evaluate(folder: JobFolder, plan: Plan, documents: list[str]) -> dict[str, 
             for name, found in evaluations.items()
         },
     }
-    folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if is_first():
+        folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return evaluations

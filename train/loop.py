@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from train.data import PackedText
 from train.folder import JobFolder
 from train.log import LogRow, append_log, read_log, write_log
 from train.plan import Plan
+from train.processes import is_first
 from train.step import Metrics, TrainState, initial_state, learning_rate, train_step
 from train.student import fixed_arrays, trained_arrays
 
@@ -44,17 +46,20 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
     places = placement.of_tree(shapes)
     state = checkpoints.restore(shapes, places)
     if state is None:
-        state = jax.device_put(initial_state(trained, recipe), places)
+        begin_from = partial(initial_state, recipe=recipe)
+        state = jax.jit(begin_from, out_shardings=places, donate_argnums=0)(trained)
     del trained
     begin = int(state.step)
-    # Steps after the checkpoint are taken, and recorded, again.
-    write_log(folder.log, [row for row in read_log(folder.log) if row.step <= begin])
+    if is_first():
+        # Steps after the checkpoint are taken, and recorded, again.
+        write_log(folder.log, [row for row in read_log(folder.log) if row.step <= begin])
 
     unread: list[Metrics] = []
     clock, timed = time.perf_counter(), 0
-    # disable=None shows the bar on a terminal only.
+    # None shows the bar on a terminal only.
+    silent = None if is_first() else True
     with tqdm(
-        total=job.steps, initial=begin, desc="Training", unit="step", disable=None
+        total=job.steps, initial=begin, desc="Training", unit="step", disable=silent
     ) as progress:
         for step in range(begin, job.steps):
             batch = placement.place_rows(text.batch(job.seed, step, job.batch))
@@ -79,7 +84,8 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
                 float(learning_rate(recipe, step)),
                 speed,
             )
-            append_log(folder.log, row)
+            if is_first():
+                append_log(folder.log, row)
             progress.update(len(unread))
             shown = {} if speed is None else {"tokens/s": f"{speed:.0f}"}
             progress.set_postfix(loss=f"{loss:.4f}", **shown)

@@ -18,6 +18,7 @@ from h1bjax.sharding import (
     check_mesh,
     make_mesh,
     parameter_sharding,
+    put,
 )
 from train.student import CODEC, IN, LORA, OUT, ROTATION, input_axes
 
@@ -101,10 +102,10 @@ class Placement:
 
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Arrays where they belong."""
-        return {name: jax.device_put(x, self.of_name(name)) for name, x in arrays.items()}
+        return {name: put(array, self.of_name(name)) for name, array in arrays.items()}
 
     def place_rows(self, windows: Int32[np.ndarray, "batch tokens"]) -> Array | np.ndarray:
         """The rows of a batch where they belong."""
         if self.mesh is None:
             return windows
-        return jax.device_put(windows, NamedSharding(self.mesh, PartitionSpec(BATCH)))
+        return put(windows, NamedSharding(self.mesh, PartitionSpec(BATCH)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h1bjax
 from h1bjax.cli.options import positive
+from h1bjax.cli.processes import add_mesh, join_processes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the program."""
     parser = commands.add_parser(
-        "finetune", help="train on text, from random weights or from a model's"
+        "finetune",
+        help="train on text, from random weights or from a model's",
+        description="Trains a model on text, from random weights or from a model's; with --cache, "
+        "to read that cache. The folder of the job gets the trained model, with its calibration, "
+        "and a record of the training. The same command goes on with a job that was interrupted.",
     )
     parser.set_defaults(run=_run)
     begin = parser.add_mutually_exclusive_group(required=True)
@@ -102,11 +108,12 @@ def add_parser(commands: Any) -> None:
         help="keep all results for the backward pass: faster, and needs more memory",
     )
     parser.add_argument(
-        "--mesh",
-        metavar="AXES",
-        help="devices to divide rows and weights among, such as batch=4,tensor=2; default: one",
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of random weights and of the order of the text; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--checkpoint-every",
         type=positive,
@@ -114,6 +121,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="steps between checkpoints; default: %(default)s",
     )
+    add_mesh(parser)
 
 
 def _add_student(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +170,11 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--tokenizer belongs to --init, and to it alone")
     check_train_package()
     job = _import_job()
-    chosen = {name: value for name, value in vars(options).items() if name != "run"}
+    chosen = {field.name: getattr(options, field.name) for field in fields(job.Job)}
     chosen |= {"text": tuple(options.text), "valid": tuple(options.valid)}
-    outcome = job.run(job.Job(**chosen))
+    described = job.Job(**chosen)
+    join_processes(options)
+    outcome = job.run(described)
     print(f"model           {outcome.model}")
     if outcome.loss is not None:
         print(f"training loss   {outcome.loss:.6f}")

@@ -67,7 +67,8 @@ def join_processes(options: argparse.Namespace) -> bool:
     )
     first = jax.process_index() == 0
     if not first:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        # The descriptor rather than the stream: Gloo writes to it, too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return first
 
 
