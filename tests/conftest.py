@@ -7,6 +7,13 @@ import pytest
 
 # Read when jax is imported. Tests spend most of their time on compilation, which this halves.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What was compiled is kept for other processes and for the next run; --cache-clear removes it.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "d" / "compiled"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Virtual devices, over which tests of sharding divide arrays.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 

@@ -17,7 +17,7 @@ from h1bjax.config import LlamaConfig
 from h1bjax.evaluate import perplexity
 
 # The command line makes lines of warnings, so they must reach it.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("default")]
 
 REPOSITORY = Path(__file__).parents[1]
 SHORT = ["--cache", "exact", "--max-new-tokens", "12"]

@@ -21,7 +21,7 @@ from h1bjax.calibration_file import calibrated_names, find_calibration
 from h1bjax.checkpoint import save_pretrained
 from h1bjax.config import LlamaConfig
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from h1bjax import cli
 from h1bjax.cli import finetune
 
 # The command line makes lines of warnings, so they must reach it.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("default")]
 
 REPOSITORY = Path(__file__).parents[1]
 

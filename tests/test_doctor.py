@@ -20,6 +20,8 @@ from pallas_kernels import choice
 from pallas_kernels.append import api as append_api
 from pallas_kernels.sketch_attention import choice as sketch_choice
 
+pytestmark = pytest.mark.once
+
 REPOSITORY = Path(__file__).parents[1]
 TINY = SHAPES["tiny"]
 CPU = (Devices("cpu", "cpu", 1, None, None),)
@@ -264,7 +266,13 @@ def test_every_preset_has_its_operations(preset):
     assert ("exact attention to the window" in found) == (PRESETS[preset].window > 0)
 
 
-@pytest.mark.parametrize("preset", ["h1b-p32-v2", "h1b-paper", "kivi-4"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "h1b-p32-v2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("h1b-paper", "kivi-4")),
+    ],
+)
 def test_choices_are_those_of_a_step_that_runs(preset, caplog):
     """What a real step logs of the operations that have kernels is what is reported."""
     config = replace(TINY, head_dim=32)

@@ -116,7 +116,7 @@ def test_it_is_the_loss_of_transformers(bos_folder):
     assert result.nats_per_token == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("cache", ["exact", "h1b"])
+@pytest.mark.parametrize("cache", [pytest.param("exact", marks=pytest.mark.slow), "h1b"])
 def test_chunks_and_batches_change_nothing(bos_folder, cache, monkeypatch):
     model = load_quietly(bos_folder, cache)
     expected = perplexity(model, TEXT, context=40, batch=8)

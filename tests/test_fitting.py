@@ -114,7 +114,7 @@ def test_one_component_is_quantised_as_well_as_a_gaussian_can_be(bits):
         np.testing.assert_allclose(error, published[bits], rtol=0.01)
 
 
-@pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 1.0, 2.0])
 def test_a_fitted_linear_code_is_a_bank_of_uniform_quantisers(rate):
     head_dim, kv_heads = 64, 2
     rng = np.random.default_rng(0)
@@ -165,7 +165,7 @@ def decode(codec, parameters, keys) -> np.ndarray:
     return np.moveaxis(read, 1, 0) + np.asarray(parameters.mean[...], np.float64)[:, None]
 
 
-@pytest.mark.parametrize("rate", [0.5, 2.0])
+@pytest.mark.parametrize("rate", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_logits_err_less_for_knowing_keys_and_queries(rate):
     head_dim = 64
     rng = np.random.default_rng(1)

@@ -12,6 +12,8 @@ from h1bjax.cache import CacheSpec, dense_attention
 from h1bjax.decoder import Decoder, init_codec
 from h1bjax.fused_attention import causal_attention, choose_implementation
 
+pytestmark = pytest.mark.once
+
 EXACT = CacheSpec.preset("exact")
 
 

@@ -134,10 +134,11 @@ def calibrated_folder(toy_folder, tmp_path_factory):
     return folder
 
 
-# One of every codec of keys; the others differ in numbers alone.
-COMMON = {"h1b", "kivi-2", "sinks-window", "exact"}
+# The others share their code, each with some of the tests of caches.
+COMMON = {"h1b", "exact"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "cache",
     [pytest.param(x, marks=() if x in COMMON else pytest.mark.slow) for x in h1bjax.PRESETS],
@@ -150,7 +151,7 @@ def test_a_row_does_not_depend_on_its_neighbours(calibrated_folder, cache):
     assert len({*map(tuple, together)}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("cache", ["exact", "h1b"])
+@pytest.mark.parametrize("cache", ["exact", pytest.param("h1b", marks=pytest.mark.slow)])
 def test_a_row_alone_is_the_row_of_a_batch(toy_folder, cache):
     model = load_quietly(toy_folder, cache)
     together = model.generate(PROMPTS, max_new_tokens=NEW).tokens
@@ -158,6 +159,7 @@ def test_a_row_alone_is_the_row_of_a_batch(toy_folder, cache):
         assert model.generate(prompt, max_new_tokens=NEW).tokens == [row]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("cache", ["exact", "h1b"])
 def test_prompts_read_in_chunks_continue_as_if_read_at_once(toy_folder, cache, monkeypatch):
     model = load_quietly(toy_folder, cache)
@@ -168,6 +170,7 @@ def test_prompts_read_in_chunks_continue_as_if_read_at_once(toy_folder, cache, m
     assert model.generate(prompts, max_new_tokens=NEW).tokens == at_once
 
 
+@pytest.mark.once
 def test_exact_prefill_reads_the_prompt_as_an_exact_cache_does(toy_folder, exact):
     prompts = ["the end " * 8, "once", "a long story, " * 3]
     model = load_quietly(toy_folder, "h1b")
@@ -299,6 +302,7 @@ def test_a_second_turn_continues_the_first(early, greedy, stop_ids):
     assert second.cache.lengths.tolist() == at_once.cache.lengths.tolist()
 
 
+@pytest.mark.once
 def test_a_cache_grows_for_a_turn_that_needs_more(exact, greedy):
     first = exact.generate(PROMPTS, max_new_tokens=NEW)
     assert first.cache.capacity == 128
@@ -356,6 +360,7 @@ def test_top_k_of_one_is_greedy(exact, greedy):
 # Streams
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options",
     [
@@ -402,6 +407,7 @@ def test_the_last_step_of_a_stream_can_be_continued(exact):
 # Compilation and memory
 
 
+@pytest.mark.once
 def test_only_shapes_compile(exact):
     exact.generate(PROMPTS, max_new_tokens=NEW)
     functions: list[Any] = [decode.compiled, generation._prefill_chunk, generation._logits]
@@ -429,7 +435,7 @@ def test_only_shapes_compile(exact):
         ("exact", "bfloat16", decode_step),
         ("exact", "float32", decode),
         ("h1b", "float32", decode),
-        ("kivi-2", "float32", decode),
+        pytest.param("kivi-2", "float32", decode, marks=pytest.mark.slow),
         pytest.param("sinks-window", "float32", decode, marks=pytest.mark.slow),
     ],
 )

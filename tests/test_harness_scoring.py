@@ -71,7 +71,7 @@ def test_scores_are_the_definition_in_float64_in_the_order_of_the_requests(toy_f
     )
 
 
-@pytest.mark.parametrize("cache", ["exact", "h1b-signs"])
+@pytest.mark.parametrize("cache", ["exact", pytest.param("h1b-signs", marks=pytest.mark.slow)])
 def test_what_a_model_would_generate_is_greedy(toy_folder, cache):
     model = load_quietly(toy_folder, cache)
     context = random_requests(1)[0].context

@@ -119,6 +119,7 @@ def places(spec: CacheSpec, name: str, first: int, last: int) -> set[int]:
 # Appending
 
 
+@pytest.mark.once
 @named
 def test_a_chunk_is_written_at_its_positions_and_nowhere_else(spec):
     cache = filled(spec, batch=3)
@@ -143,6 +144,7 @@ def test_padding_is_never_written(spec):
     assert after.lengths.tolist() == [0, 0]
 
 
+@pytest.mark.once
 @named
 def test_what_padding_contains_does_not_matter(spec):
     tokens = random_tokens(2, 4)
@@ -279,6 +281,7 @@ def step(model, tokens, positions, cache):
     return model(tokens, positions, cache)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("spec", [PRESETS["exact"], SMALL_WINDOW], ids=lambda spec: spec.name)
 def test_under_jit_a_refused_row_is_not_written_and_its_logits_are_nan(spec):
     model = decoder(spec)
@@ -312,6 +315,7 @@ def test_under_jit_a_refused_row_is_not_written_and_its_logits_are_nan(spec):
 # Growing
 
 
+@pytest.mark.once
 @named
 def test_growing_keeps_everything_and_makes_room(spec):
     tokens, more = random_tokens(2, 120), random_tokens(2, 120, seed=1)

@@ -11,6 +11,8 @@ from jax.extend.core import jaxprs_in_params
 
 from h1bjax.sampling import Sampling, filter_logits, row_keys, sample
 
+pytestmark = pytest.mark.once
+
 apply_filters = jax.jit(filter_logits)
 keys_for = jax.jit(row_keys, static_argnums=1)
 

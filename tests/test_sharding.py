@@ -66,12 +66,14 @@ def check(preset, sizes):
     )
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((4, 1, 1), marks=pytest.mark.slow), (1, 1, 8)], ids=str
+)
 def test_every_axis_gives_the_same_tokens(sizes):
     check("h1b-p32-v2", sizes)
 
 
-@pytest.mark.parametrize("preset", ["exact", "h1b", "h1b-p32-v2"])
+@pytest.mark.parametrize("preset", [pytest.param("exact", marks=pytest.mark.slow), "h1b"])
 def test_every_kind_of_cache_gives_the_same_tokens(preset):
     check(preset, (2, 2, 2))
 
@@ -106,7 +108,7 @@ def test_each_device_holds_its_part_of_the_cache_and_the_weights():
 
 def test_a_conversation_goes_on_in_the_same_cache():
     turns = [PROMPTS, [[7] * 40, [8] * 200, [9]]]
-    alone, spread = model("h1b"), model("h1b", mesh_of(2, 1, 2))
+    alone, spread = model("h1b"), model("h1b", mesh_of(2, 2, 2))
     outputs = []
     for one in (alone, spread):
         first = one.generate(turns[0], max_new_tokens=NEW)

@@ -63,13 +63,11 @@ QUICK = [
     ("96 channels", "v6e"),
     ("variance of two planes, 2-bit values", "v5p"),
     ("256 signs and a signed query", "v6e"),
-    ("signed query of 64 bits", "v5e"),
-    ("sixteen query heads", "v5e"),
     ("256 channels", "v5p"),
     ("3-bit values", "v6e"),
     ("period 128 of 64 channels", "v6e"),
 ]
-"""Each feature once, and each chip a few times."""
+"""Features and chips a few times each."""
 
 
 def pairs(names: Any, quick: list[tuple[str, str]], chips: Any = tuple(CHIPS)) -> list[Any]:
@@ -213,7 +211,6 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 PRESETS = ("h1b-signs", "h1b-paper", "h1b-2plane-v2", "h1b", "h1b-p32", "h1b-unscaled", "h1b-v3")
 QUICK_STEPS = [
-    ("small", "h1b-2plane-v2", "v6e"),
     ("small on four chips", "h1b-paper", "v5p"),
     ("Llama 3 8B, eight layers", "h1b-signs", "v5e"),
     ("one KV head per chip", "h1b-unscaled", "v6e"),

@@ -163,6 +163,7 @@ def test_a_job_interrupted_while_it_exported_exports(finished, tmp_path):
     assert not (copy.out / "model.partial").exists()
 
 
+@pytest.mark.once
 def test_begins_from_a_models_weights(job, toy_folder):
     start = replace(
         job,
@@ -184,6 +185,7 @@ def test_begins_from_a_models_weights(job, toy_folder):
         assert 0 < moved < 1e-5, name
 
 
+@pytest.mark.slow
 def test_trains_for_a_cache_on_a_mesh_and_writes_its_calibration(job, toy_folder):
     mesh = f"batch={len(jax.devices()) // 2},tensor=2" if len(jax.devices()) > 1 else None
     spec = CacheSpec.preset("h1b-2plane-v2")
@@ -357,6 +359,7 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_is_not_saved(job, monkeypat
     assert not (job.out / "model").exists()
 
 
+@pytest.mark.once
 def test_a_diverging_job_says_where(job):
     with pytest.raises(FloatingPointError, match=r"step 2 has .*there is no checkpoint yet"):
         run(replace(job, learning_rate=1e30, warmup=0))

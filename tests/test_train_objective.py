@@ -63,7 +63,14 @@ def test_equals_the_cross_entropy_of_the_logits_in_float64(config):
 
 
 # Blocks of all 13 tokens of 3 rows, of 13 in 3 unequal parts, and of one token of each.
-@pytest.mark.parametrize(("logits", "tied"), [(1 << 26, True), (50 * 16, False), (1, True)])
+@pytest.mark.parametrize(
+    ("logits", "tied"),
+    [
+        pytest.param(1 << 26, True, marks=pytest.mark.slow),
+        (50 * 16, False),
+        pytest.param(1, True, marks=pytest.mark.slow),
+    ],
+)
 def test_blocks_change_neither_the_loss_nor_the_gradient(monkeypatch, logits, tied):
     expected = of_random_windows(plain_nats, tied)
     config = small_config(tie_word_embeddings=tied)

@@ -97,7 +97,7 @@ def test_accumulating_microbatches_equals_one_large_batch():
         np.testing.assert_allclose(array, whole.parameters[name], atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_loss_falls(dtype):
     windows = jnp.asarray(np.arange(8 * 17).reshape(8, 17) % 13, jnp.int32)
     chosen = replace(SHORT, dtype=dtype)

@@ -8,6 +8,8 @@ import train.tokenizer
 from h1bjax.tokenizer import Tokenizer
 from train.tokenizer import END, main, save_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.once
+
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 40
 
 
