@@ -1,12 +1,15 @@
 """Which implementation of an operation runs, and why."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax
 
 from pallas_kernels.device import cuda_capability
-from pallas_kernels.mosaic_tpu.device import OLDEST
+from pallas_kernels.mosaic_tpu.device import OLDEST, tpu_generation
+from pallas_kernels.mosaic_tpu.layout import relayout
 
 Implementation = Literal["xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 
@@ -23,64 +26,85 @@ class Choice(NamedTuple):
     reason: str
 
 
-@cache
-def log_once(operation: str, choice: Choice) -> None:
-    """Logs at level INFO how an operation runs, once for each way."""
-    _log.info("%s runs as %s: %s", operation, choice.implementation, choice.reason)
-
-
-def choose_on_hopper(
-    operation: str, implementation: Implementation | None, refuse: Callable[[], str | None]
+def choose(
+    operation: str,
+    implementation: Implementation | None,
+    kernels: Mapping[Implementation, Callable[[], str | None]],
+    stored: Any,
 ) -> Choice:
-    """The choice for an operation that has a kernel for Hopper and later, and plain XLA else.
-
-    Logged once, at level INFO.
+    """The implementation of an operation that runs; each way is logged once, at level INFO.
 
     Args:
         operation: its name, for messages.
-        implementation: what the caller asks for; None takes the kernel wherever it can run.
-        refuse: why the kernel cannot run the arguments, None if it can. Called only where it may
-            run, because Pallas's GPU modules take long to import.
+        implementation: what the caller asks for; None takes the kernel for the default device
+            wherever it can run, and plain XLA else.
+        kernels: in what the operation has kernels, each with a function that says why it cannot
+            run the arguments, None if it can. Called only where it may run, because what it needs
+            may take long to import, or be missing.
+        stored: the arrays of the cache, or their shapes. A TPU kernel is not taken where XLA would
+            copy them for it.
 
     Raises:
         ValueError: there is no such implementation, or it cannot run the arguments.
+        ImportError: it needs a package that is not installed.
     """
-    choice = _choose_on_hopper(operation, implementation, refuse)
+    if implementation is None:
+        choice = _fastest(kernels, stored)
+    else:
+        choice = _wanted(operation, implementation, kernels)
     log_once(operation, choice)
     return choice
 
 
-def _choose_on_hopper(
-    operation: str, implementation: Implementation | None, refuse: Callable[[], str | None]
+@cache
+def log_once(operation: str, choice: Choice) -> None:
+    """Logs how an operation runs, once for each way."""
+    _log.info("%s runs as %s: %s", operation, choice.implementation, choice.reason)
+
+
+def _wanted(
+    operation: str,
+    implementation: Implementation,
+    kernels: Mapping[Implementation, Callable[[], str | None]],
 ) -> Choice:
-    if implementation not in (None, "xla", "mosaic_gpu"):
-        raise ValueError(
-            f"unknown implementation {implementation!r} of {operation}; "
-            "use 'xla', 'mosaic_gpu' or None"
-        )
-    if implementation == "xla":
-        return Choice("xla", "the caller asked for it")
-    if implementation is None and (cuda_capability() or (0, 0)) < HOPPER:
-        return Choice("xla", "the default device is no NVIDIA GPU of Hopper or later")
-    refusal = refuse()
-    if implementation is not None and refusal is not None:
-        raise ValueError(f"{operation} cannot run as {implementation!r}: {refusal}")
-    if refusal is not None:
-        return Choice("xla", f"mosaic_gpu cannot run this: {refusal}")
-    return Choice("mosaic_gpu", "a GPU of Hopper or later")
+    if implementation != "xla":
+        if implementation not in kernels:
+            raise ValueError(
+                f"unknown implementation {implementation!r} of {operation}; "
+                f"use one of {', '.join(('xla', *kernels))}, or None"
+            )
+        refusal = kernels[implementation]()
+        if refusal is not None:
+            raise ValueError(f"{operation} cannot run as {implementation!r}: {refusal}")
+    return Choice(implementation, "the caller asked for it")
 
 
-def choose_on_tpu(generation: int, refusal: str | None, relayout: str | None) -> Choice:
-    """The choice for an operation with a kernel for TPUs, where the default device is one.
+def _fastest(kernels: Mapping[Implementation, Callable[[], str | None]], stored: Any) -> Choice:
+    kind, reason = found = _kind_of_kernels()
+    if kind == "xla":
+        return found
+    if kind not in kernels:
+        return Choice("xla", f"{reason}, for which there is no kernel")
+    try:
+        refusal = kernels[kind]()
+    except ImportError as error:
+        return Choice("xla", f"{kind} is not available: {error}")
+    if refusal is None and kind == "mosaic_tpu":
+        refusal = relayout(jax.tree.leaves(stored))
+    return found if refusal is None else Choice("xla", f"{kind} cannot run this: {refusal}")
 
-    Args:
-        generation: of the TPU.
-        refusal: why the kernel cannot run the arguments, None if it can.
-        relayout: why it would have them copied, None if it would not.
-    """
-    if generation < OLDEST:
-        return Choice("xla", f"TPU v{generation} is older than v{OLDEST}")
-    problem = refusal or relayout
-    if problem is not None:
-        return Choice("xla", f"mosaic_tpu cannot run this: {problem}")
-    return Choice("mosaic_tpu", f"a TPU v{generation}")
+
+def _kind_of_kernels() -> Choice:
+    """In what kernels for the default device are written; "xla" where there are none."""
+    generation = tpu_generation()
+    if generation is not None:
+        if generation < OLDEST:
+            return Choice("xla", f"TPU v{generation} is older than v{OLDEST}")
+        return Choice("mosaic_tpu", f"a TPU v{generation}")
+    capability = cuda_capability()
+    if capability is None:
+        return Choice("xla", "the default device is neither an NVIDIA GPU nor a TPU")
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < AMPERE:
+        return Choice("xla", f"{name} is below {AMPERE[0]}.{AMPERE[1]}")
+    return Choice("mosaic_gpu" if capability >= HOPPER else "triton", name)

@@ -17,7 +17,6 @@ from h1bjax.config import LlamaConfig
 from h1bjax.doctor import machine, operations, packages
 from h1bjax.doctor.machine import Devices, accelerators, jax_devices, unused
 from pallas_kernels import choice
-from pallas_kernels.append import api as append_api
 from pallas_kernels.sketch_attention import choice as sketch_choice
 
 pytestmark = pytest.mark.once
@@ -77,7 +76,11 @@ def test_it_says_what_runs_and_why(run, toy_folder):
     config = LlamaConfig.from_hf(toy_folder)
     heads = f"{config.num_heads} heads and {config.num_kv_heads} KV heads"
     assert f"how the cache h1b runs for {heads} of {config.head_dim} channels, float32" in out
-    assert re.search(r"^  append of a token +xla +the default device is no NVIDIA GPU", out, re.M)
+    assert re.search(
+        r"^  append of a token +xla +the default device is neither an NVIDIA GPU nor a TPU",
+        out,
+        re.M,
+    )
     assert re.search(r"^a decode step of one layer took [\d.]+ s", out, re.MULTILINE)
     assert out.endswith("no problems found\n")
 
@@ -311,8 +314,7 @@ def test_a_gpu_of_hopper_runs_every_operation_by_its_kernel(monkeypatch, preset)
 
 
 def test_a_tpu_runs_the_kernels_it_has(monkeypatch):
-    for module in (append_api, sketch_choice):
-        monkeypatch.setattr(module, "tpu_generation", lambda: 5)
+    monkeypatch.setattr(choice, "tpu_generation", lambda: 5)
     found = operations.operations(PRESETS["h1b"], SHAPES["llama-3-8b"], "bfloat16")
     assert [(one.implementation, one.reason) for one in found if "stored" in one.name] == [
         ("mosaic_tpu", "a TPU v5")

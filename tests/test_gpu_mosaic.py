@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from sketch_cases import CASES, KERNEL_CASES, build
 
-from pallas_kernels import choice as log
+from pallas_kernels import choice
 from pallas_kernels.exact_attention import choose as choose_exact
 from pallas_kernels.exact_attention import exact_attention
 from pallas_kernels.mosaic_gpu.splitting import choose_splits
 from pallas_kernels.packing import pack_column
-from pallas_kernels.sketch_attention import choice, choose, sketch_attention
+from pallas_kernels.sketch_attention import choose, sketch_attention
 from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
 
 pytestmark = pytest.mark.once
@@ -118,7 +118,7 @@ def on(monkeypatch, capability):
 @pytest.mark.parametrize(
     ("capability", "implementation", "reason"),
     [
-        (None, "xla", "the default device is no NVIDIA GPU"),
+        (None, "xla", "the default device is neither an NVIDIA GPU nor a TPU"),
         ((7, 5), "xla", "compute capability 7.5 is below 8.0"),
         ((9, 0), "mosaic_gpu", "compute capability 9.0"),
         ((10, 0), "mosaic_gpu", "compute capability 10.0"),
@@ -139,13 +139,13 @@ def test_what_the_kernel_refuses_falls_back_and_says_why(monkeypatch):
 
 
 def test_a_choice_is_logged_once(monkeypatch, caplog):
-    log.log_once.cache_clear()
+    choice.log_once.cache_clear()
     query, keys, values, *_ = build(CASES["one plane with its scalar"])[0]
     with caplog.at_level("INFO"):
         for _ in range(3):
             choose(query, keys, values)
     assert len(caplog.records) == 1
-    assert "sketch attention runs as xla" in caplog.text
+    assert "sketch_attention runs as xla" in caplog.text
 
 
 def test_unknown_implementations_are_refused():

@@ -13,15 +13,14 @@ from tpu_ahead import CHIPS, GENERATIONS, assert_in_place, compile_step, lower, 
 
 from h1bjax.cache import CacheSpec
 from h1bjax.config import LlamaConfig
+from pallas_kernels import choice
 from pallas_kernels.append import ExactWindow, StoredTokens, Token, append_token
-from pallas_kernels.append import api as append_api
 from pallas_kernels.packing import words_per_column
 from pallas_kernels.sketch_attention import (
     BlockRope,
     PackedKeys,
     PackedValues,
     SketchQuery,
-    choice,
     sketch_attention,
 )
 
@@ -231,8 +230,7 @@ QUICK_STEPS = [
 def test_a_decode_step_carries_the_cache_through_all_layers_in_place(
     monkeypatch, model, preset, chip
 ):
-    for module in (choice, append_api):
-        monkeypatch.setattr(module, "tpu_generation", lambda: GENERATIONS[chip])
+    monkeypatch.setattr(choice, "tpu_generation", lambda: GENERATIONS[chip])
     described, sizes = MODELS[model]
     mesh, config, spec = mesh_of(chip, sizes), llama(described), CacheSpec.preset(preset)
     # Of some hundred megabytes, beside which what is small does not count.

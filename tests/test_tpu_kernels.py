@@ -12,10 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from sketch_cases import CASES, KERNEL_CASES, LONG, TURNED, SketchCase, build
 from test_append_kernel import CAPACITY, CODECS, encoder_of, inputs
 
-from pallas_kernels.append import api as append_api
+from pallas_kernels import append, choice
 from pallas_kernels.append import append_token, reference
 from pallas_kernels.mosaic_tpu import device
-from pallas_kernels.sketch_attention import choice, choose, sketch_attention
+from pallas_kernels.sketch_attention import choose, sketch_attention
+from pallas_kernels.sketch_attention.choice import implementation_named
 from pallas_kernels.sketch_attention.tpu import tuning
 from pallas_kernels.sketch_attention.tpu.key_tiles import divide_rows
 
@@ -98,7 +99,7 @@ class TestAttention:
     def test_it_is_near_for_whatever_kernels_are_tested_on(self, monkeypatch, case):
         monkeypatch.setattr(tuning, "BLOCKS", (1024, 1024))
         (query, keys, values, *_), _ = build(case)
-        refusal = choice.implementation_named("mosaic_tpu").refusal(query, keys, values)
+        refusal = implementation_named("mosaic_tpu").refusal(query, keys, values)
         if refusal is None:
             assert_near(case)
         else:
@@ -154,8 +155,7 @@ def test_tiles_hold_every_bit_of_every_head_once(heads, words, apart):
 
 
 def on_tpu(monkeypatch, generation):
-    for module in (choice, append_api):
-        monkeypatch.setattr(module, "tpu_generation", lambda: generation)
+    monkeypatch.setattr(choice, "tpu_generation", lambda: generation)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_append_is_chosen_likewise(monkeypatch):
     on_tpu(monkeypatch, 6)
     for kv_heads, implementation in ((2, "mosaic_tpu"), (3, "xla")):
         stored, _, encoder, token = inputs(encoder_of(CODECS["signs"], kv_heads=kv_heads)[0])
-        assert append_api.choose(stored, encoder, token).implementation == implementation
+        assert append.choose(stored, encoder, token).implementation == implementation
 
 
 @pytest.mark.parametrize(

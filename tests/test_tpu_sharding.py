@@ -9,8 +9,7 @@ from tpu_ahead import GENERATIONS, assert_in_place, compile_step, mesh_of, store
 
 from h1bjax.bench.shapes import SHAPES
 from h1bjax.cache import CacheSpec
-from pallas_kernels.append import api as append_api
-from pallas_kernels.sketch_attention import choice
+from pallas_kernels import choice
 
 pytestmark = pytest.mark.once
 
@@ -38,8 +37,7 @@ COLLECTIVE = re.compile(
     ],
 )
 def test_a_step_moves_no_weights_and_no_cache(monkeypatch, chip, preset, sizes):
-    for module in (choice, append_api):
-        monkeypatch.setattr(module, "tpu_generation", lambda: GENERATIONS[chip])
+    monkeypatch.setattr(choice, "tpu_generation", lambda: GENERATIONS[chip])
     mesh, spec = mesh_of(chip, sizes, "4x4"), CacheSpec.preset(preset)
     step = compile_step(mesh, LLAMA_3_70B, spec, batch=ROWS, max_length=TOKENS)
     assert_in_place(step.compiled, step.cache, (step.decoder, step.tokens), written=True)

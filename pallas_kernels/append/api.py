@@ -1,20 +1,12 @@
 """The one entry to the append of a decode step."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.append import reference
 from pallas_kernels.append.arguments import KeyEncoder, StoredTokens, Token
-from pallas_kernels.choice import (
-    Choice,
-    Implementation,
-    choose_on_hopper,
-    choose_on_tpu,
-    log_once,
-)
-from pallas_kernels.mosaic_tpu.device import tpu_generation
-from pallas_kernels.mosaic_tpu.layout import relayout
+from pallas_kernels.choice import Choice, Implementation
+from pallas_kernels.choice import choose as choose_implementation
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
 
 
@@ -73,15 +65,9 @@ def choose(
 
         return gpu_mosaic.refusal(stored, encoder, token)
 
-    generation = tpu_generation()
-    if implementation == "mosaic_tpu":
-        choice = Choice("mosaic_tpu", "the caller asked for it")
-    elif implementation is None and generation is not None:
-        choice = choose_on_tpu(generation, None, relayout(jax.tree.leaves(stored)))
-    else:
-        return choose_on_hopper("append_token", implementation, refuse)
-    log_once("append_token", choice)
-    return choice
+    return choose_implementation(
+        "append_token", implementation, {"mosaic_gpu": refuse, "mosaic_tpu": lambda: None}, stored
+    )
 
 
 def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:

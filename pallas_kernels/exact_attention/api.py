@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int32, Shaped
 
-from pallas_kernels.choice import Choice, Implementation, choose_on_hopper
+from pallas_kernels.choice import Choice, Implementation
+from pallas_kernels.choice import choose as choose_implementation
 from pallas_kernels.exact_attention import reference
 from pallas_kernels.sketch_attention.partial import Partial
 
@@ -71,4 +72,4 @@ def choose(
 
         return gpu_mosaic.refusal(query, keys, jnp.dtype(dtype))
 
-    return choose_on_hopper("exact_attention", implementation, refuse)
+    return choose_implementation("exact_attention", implementation, {"mosaic_gpu": refuse}, keys)

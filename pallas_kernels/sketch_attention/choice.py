@@ -1,22 +1,14 @@
 """Which implementation of sketch attention runs, and why."""
 
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
-import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.choice import (
-    AMPERE,
-    HOPPER,
-    Choice,
-    Implementation,
-    choose_on_tpu,
-    log_once,
-)
+from pallas_kernels.choice import HOPPER, Choice, Implementation
+from pallas_kernels.choice import choose as choose_implementation
 from pallas_kernels.device import cuda_capability
-from pallas_kernels.mosaic_tpu.device import tpu_generation
-from pallas_kernels.mosaic_tpu.layout import relayout
 from pallas_kernels.sketch_attention.arguments import (
     PackedKeys,
     PackedValues,
@@ -24,7 +16,7 @@ from pallas_kernels.sketch_attention.arguments import (
     SketchQuery,
 )
 
-_MODULES = {
+_MODULES: dict[Implementation, str] = {
     "xla": "reference",
     "mosaic_gpu": "gpu_mosaic",
     "triton": "gpu_triton",
@@ -54,20 +46,15 @@ def choose(
         ValueError: there is no such implementation, or it cannot run these arguments.
         ImportError: it needs a package that is not installed.
     """
-    if implementation is None:
-        choice = _fastest(query, keys, values)
-    else:
-        if implementation not in _MODULES:
-            raise ValueError(
-                f"unknown implementation {implementation!r} of sketch_attention; "
-                f"use one of {', '.join(_MODULES)}, or None"
-            )
-        refusal = implementation_named(implementation).refusal(query, keys, values)
-        if refusal is not None:
-            raise ValueError(f"sketch_attention cannot run as {implementation!r}: {refusal}")
-        choice = Choice(implementation, "the caller asked for it")
-    log_once("sketch attention", choice)
-    return choice
+
+    def refusal(name: Implementation) -> str | None:
+        found: str | None = implementation_named(name).refusal(query, keys, values)
+        return found
+
+    kernels: dict[Implementation, partial[str | None]] = {
+        name: partial(refusal, name) for name in _MODULES if name != "xla"
+    }
+    return choose_implementation("sketch_attention", implementation, kernels, (keys, values))
 
 
 def implementation_named(name: Implementation) -> ModuleType:
@@ -76,26 +63,6 @@ def implementation_named(name: Implementation) -> ModuleType:
     Imported only here, because an implementation may need packages that others do without.
     """
     return import_module(f"pallas_kernels.sketch_attention.{_MODULES[name]}")
-
-
-def _fastest(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> Choice:
-    generation = tpu_generation()
-    if generation is not None:
-        refusal = implementation_named("mosaic_tpu").refusal(query, keys, values)
-        return choose_on_tpu(generation, refusal, relayout(jax.tree.leaves((keys, values))))
-    capability = cuda_capability()
-    if capability is None:
-        return Choice("xla", "the default device is no NVIDIA GPU")
-    if capability < AMPERE:
-        return Choice("xla", f"compute capability {capability[0]}.{capability[1]} is below 8.0")
-    wanted: Implementation = "mosaic_gpu" if capability >= HOPPER else "triton"
-    try:
-        refusal = implementation_named(wanted).refusal(query, keys, values)
-    except ImportError as error:
-        return Choice("xla", f"{wanted} is not available: {error}")
-    if refusal is not None:
-        return Choice("xla", f"{wanted} cannot run this: {refusal}")
-    return Choice(wanted, f"compute capability {capability[0]}.{capability[1]}")
 
 
 def prepare_transform(
