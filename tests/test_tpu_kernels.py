@@ -93,6 +93,23 @@ class TestAttention:
         assert_near(case)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("tokens", [256, 384])
+    def test_values_without_a_scale_still_weigh(self, tokens):
+        case = replace(LONG, kv_heads=1, groups=1, capacity=384, stops=(384,), batch=1)
+        (query, keys, values, layer, start, stop), _ = build(case)
+        zero_only = values.affine & 0xFFFF
+        affine = values.affine.at[..., :tokens].set(zero_only[..., :tokens])
+        constant = replace(values, affine=affine)
+        found, answer = (
+            jax.jit(partial(sketch_attention, start=start, implementation=implementation))(
+                query, keys, constant, layer, stop=stop
+            )
+            for implementation in ("mosaic_tpu", "xla")
+        )
+        np.testing.assert_allclose(found.output, answer.output, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(found.lse, answer.lse, rtol=1e-4)
+
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "case", (LONGER | CASES | KERNEL_CASES).values(), ids=list(LONGER | CASES | KERNEL_CASES)
     )

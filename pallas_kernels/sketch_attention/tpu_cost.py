@@ -263,12 +263,16 @@ share 2765 GB/s at {CHIPS["v5p"].clock / 1e9} GHz.
 
 _NOTES = """## What bounds the kernel
 
-Of the first row's bundles, 53 on v5e and 39 on v6e go when the products of weights and values are
-left out, though the vector units have little to do for these: the matrix unit has to transpose
-codes as it takes them, one register in about seven cycles, and the compiler overlaps little of
-this with the next head's softmax. The rest is bound by the vector units: unpacking bits, and some
-fifteen operations on every logit. Summing the values of one block beside the softmax of the next
-was tried and gained nothing at these block lengths.
+Matrix units multiply in the order of the program: first the bits of all keys, then head by head
+the codes of values, which they transpose as they take them. On v5e one takes a register of bits in
+four cycles and one of codes in six to eight, and has eight of each to take in the first row: 80 to
+96 of its cycles. On v6e one takes a pair of registers of bits in four cycles, during which the
+vector units, with only bits to unpack, are half idle: 32 of the first row's bundles, 64 of those
+with 256 bits. Multiplying bits between the values of heads, one to six tiles ahead, was tried and
+took up to 22 bundles more. In the rest the vector units have most to do: some fifteen operations
+on every logit. Without the products of weights and values the first row takes 49 bundles on v5e
+and 47 on v6e. Summing the values of one block beside the softmax of the next was tried and gained
+nothing at these block lengths.
 
 Three-bit values cost most to unpack: the rows of a head do not begin at a register's. A finite
 RoPE period costs two to four times the rest, for the products that turn queries into coefficients
@@ -277,12 +281,16 @@ for each of its blocks; it is worth its time where memory counts for more.
 ## Choices
 
 - Queries that are not signed are multiplied by bits on the matrix unit, as two signed bytes per
-  coefficient. One byte would save 1 or 2 bundles and lose 8 bits.
-- Signed queries are compared by counting bits on the vector unit. The matrix unit takes 138
-  bundles instead of 140 with 256 bits on v5e, 117 instead of 112 with 128 bits; on v6e 135 instead
-  of 128, and 115 instead of 108 (at half of today's block length).
-- Longer blocks are better: 16384 tokens times heads in a grid step took 125 bundles on v5e and 118
-  on v6e, twice as many take 118 and 101. Beyond that, too much is fetched for short rows.
+  coefficient. One byte would save 2 bundles on v5e and lose 8 bits.
+- Signed queries are compared by counting bits on the vector unit. The matrix unit takes 126
+  bundles instead of 122 with 256 bits on v5e, 100 instead of 98 with 128 bits; on v6e 114 instead
+  of 119, and 87 instead of 92.
+- Scalars are repeated for all queries by loads from scratch memory, not by the vector units: this
+  saves 6 bundles of the first row on both.
+- Weights are scaled to whole numbers by a bound of the largest, found together with the largest
+  logit, not by the largest itself: 6 bundles less on v5e, 2 on v6e.
+- Blocks are long: with 16384 tokens times heads in a grid step, half of today's, the first row
+  takes 105 bundles on v5e and 99 on v6e. Beyond today's, too much is fetched for short rows.
 """
 
 

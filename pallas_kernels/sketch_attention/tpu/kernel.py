@@ -1,5 +1,6 @@
 """The kernel: online softmax over blocks of tokens."""
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from pallas_kernels.sketch_attention.tpu.scalars import split_pair, unpair
 LOWEST = -1e30
 """Stands for the logit of a hidden token: finite, so that differences are."""
 
+_LEAST_STEP = 2.0**-60
+"""What smaller scales of values count as where weights are scaled: weights must stay finite."""
 _LN_2 = float(np.log(2.0))
 _BYTES = 4
 
@@ -60,20 +63,25 @@ class State(NamedTuple):
     """What a row carries from one block of tokens to the next, and room to work.
 
     Attributes:
-        highest: the largest logit so far, in powers of two, in every lane.
+        reference: what is subtracted from logits, in powers of two, in every lane.
         total: the sum of weights.
         weighted: the sum of weighted values.
         products: of the bytes of weights with codes, to be read byte by byte.
+        rows: scalars of the block.
     """
 
-    highest: Any
+    reference: Any
     total: Any
     weighted: Any
     products: Any
+    rows: "Rows"
 
 
 class Rows(NamedTuple):
     """One number per token and head of a block, as float32.
+
+    They lie in memory, because reading one row into all rows of a register costs no more than
+    reading it, whereas repeating it occupies the vector unit.
 
     Attributes:
         norm: the key's scalar; None where keys have none.
@@ -82,10 +90,10 @@ class Rows(NamedTuple):
         zero: zero of the value.
     """
 
-    norm: Float32[Array, "heads tokens"] | None
-    code_norm: Float32[Array, "heads tokens"] | None
-    step: Float32[Array, "heads tokens"]
-    zero: Float32[Array, "heads tokens"]
+    norm: Any  # Float32[Array, "heads tokens"] | None
+    code_norm: Any  # Float32[Array, "heads tokens"] | None
+    step: Any  # Float32[Array, "heads tokens"]
+    zero: Any  # Float32[Array, "heads tokens"]
 
 
 def attend(plan: Plan, inputs: Inputs, outputs: Outputs, state: State) -> None:
@@ -96,7 +104,7 @@ def attend(plan: Plan, inputs: Inputs, outputs: Outputs, state: State) -> None:
 
     @pl.when(index == 0)
     def _() -> None:
-        state.highest[...] = jnp.full(state.highest.shape, LOWEST, jnp.float32)
+        state.reference[...] = jnp.full(state.reference.shape, LOWEST, jnp.float32)
         state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
         state.weighted[...] = jnp.zeros(state.weighted.shape, jnp.float32)
 
@@ -119,7 +127,7 @@ def attend(plan: Plan, inputs: Inputs, outputs: Outputs, state: State) -> None:
             total = state.total[head]
             empty = total == 0.0
             divisor = jnp.where(empty, 1.0, total)
-            lse = (state.highest[head] + jnp.log2(divisor)) * _LN_2
+            lse = (state.reference[head] + jnp.log2(divisor)) * _LN_2
             outputs.lse[0, head] = jnp.where(empty, -jnp.inf, lse)
             outputs.output[0, head] = state.weighted[head] / divisor[:, :1]
 
@@ -129,7 +137,9 @@ def _attend_block(
 ) -> None:
     """Adds a block of tokens to the state; `visible` is None where all of them are."""
     words = inputs.key_words[...]
-    rows = _rows(plan, inputs, None if visible is None else visible[:1])
+    rows = state.rows
+    _read_rows(plan, inputs, rows, None if visible is None else visible[:1])
+    largest_steps = jnp.log2(jnp.maximum(_largest_by_lane(rows.step[...]), _LEAST_STEP))
     means = None
     if inputs.turned is not None:
         constants = [inputs.constants[0, head] for head in range(plan.step_heads)]
@@ -146,33 +156,48 @@ def _attend_block(
             logits = logits + means[head]
         if visible is not None:
             logits = jnp.where(visible, logits, LOWEST)
-        before = state.highest[head][:, :1]
-        highest = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
-        weight = jnp.exp2(logits - highest)
-        decay = jnp.exp2(before - highest)
+        # Weights are relative to a bound of the largest one times its value's scale, so that all
+        # such products have their place in `values.weight_bytes`. A value of large scale and no
+        # weight does not coarsen the others unless it shares a lane with a large weight.
+        bounds = _largest_by_lane(logits) + largest_steps[head : head + 1]
+        bound = jnp.max(bounds, axis=1, keepdims=True)
+        before = state.reference[head][:, :1]
+        reference = jnp.maximum(before, bound - values.WEIGHT_BITS)
+        weight = jnp.exp2(logits - reference)
+        decay = jnp.exp2(before - reference)
         total = jnp.sum(weight, axis=1, keepdims=True)
         state.total[head] = state.total[head] * decay + total
-        state.highest[head] = jnp.broadcast_to(highest, state.highest.shape[1:])
-        block = _weighted_values(plan, inputs, state, weight, rows, head)
+        state.reference[head] = jnp.broadcast_to(reference, state.reference.shape[1:])
+        block = _weighted_values(plan, inputs, state, weight, head)
         state.weighted[head] = state.weighted[head] * decay + block
 
 
-def _rows(plan: Plan, inputs: Inputs, visible: Bool[Array, "1 tokens"] | None) -> Rows:
+def _read_rows(
+    plan: Plan, inputs: Inputs, rows: Rows, visible: Bool[Array, "1 tokens"] | None
+) -> None:
     # Beyond the capacity a block holds anything, even what is no number.
     def hide(numbers: Float32[Array, "heads tokens"]) -> Float32[Array, "heads tokens"]:
         return numbers if visible is None else jnp.where(visible, numbers, 0.0)
 
     step, zero = split_pair(inputs.value_affine[...])
-    norm = code_norm = None
+    rows.step[...] = hide(step)
+    rows.zero[...] = hide(zero)
     if plan.scaled:
         norm = hide(unpair(inputs.key_scales[...]))
+        rows.norm[...] = norm
     if plan.variance:
-        assert norm is not None
-        code_norm = norm
+        assert plan.scaled
         if plan.code_planes == 2:
             norms = scores.squared_code_norms(inputs.key_words[...], plan)
-            code_norm = norm * norms.astype(jnp.float32)
-    return Rows(norm, code_norm, hide(step), hide(zero))
+            norm = norm * norms.astype(jnp.float32)
+        rows.code_norm[...] = norm
+
+
+def _largest_by_lane(
+    numbers: Float32[Array, "rows tokens"],
+) -> Float32[Array, "rows lanes"]:
+    columns = range(0, numbers.shape[1], LANES)
+    return reduce(jnp.maximum, (numbers[:, first : first + LANES] for first in columns))
 
 
 def _logits(
@@ -197,19 +222,13 @@ def _weighted_values(
     inputs: Inputs,
     state: State,
     weight: Float32[Array, "rows tokens"],
-    rows: Rows,
     head: int,
 ) -> Float32[Array, "rows channels"]:
     """The sum over the block of `weight · (zero + step · code)`."""
-    scaled = weight * _row(rows.step, head, plan)
-    # Integers are relative to the largest product, so that a value of large scale and no weight
-    # does not coarsen the others.
-    largest = jnp.max(scaled, axis=1, keepdims=True)
-    unit = largest * (1.0 / values.HIGHEST_WEIGHT)
-    inverse = jnp.where(largest > 0, values.HIGHEST_WEIGHT / largest, 0.0)
     first = head * plan.value_words
     codes = values.unpack_codes(inputs.value_words[first : first + plan.value_words], plan)
-    products = values.multiply(values.weight_bytes(scaled * inverse), codes)
+    scaled = weight * _row(state.rows.step, head, plan)
+    products = values.multiply(values.weight_bytes(scaled), codes)
     sums = []
     for part, first in enumerate(range(0, plan.channels, LANES)):
         columns = products[:, first : first + LANES]
@@ -220,12 +239,16 @@ def _weighted_values(
             for byte in range(_BYTES)
         ]
         sums.append(values.add_bytes(by_byte))
-    zero = jnp.sum(weight * _row(rows.zero, head, plan), axis=1, keepdims=True)
-    return jnp.concatenate(sums, axis=1) * unit + zero
+    zero = jnp.sum(weight * _row(state.rows.zero, head, plan), axis=1, keepdims=True)
+    return jnp.concatenate(sums, axis=1) + zero
 
 
-def _row(numbers: Float32[Array, "heads tokens"], head: int, plan: Plan) -> Array:
-    return jnp.broadcast_to(numbers[head : head + 1], (plan.rows, plan.block))
+def _row(numbers: Any, head: int, plan: Plan) -> Float32[Array, "rows tokens"]:
+    """A row, repeated for every query: the compiler repeats as it loads, by single registers."""
+    parts = [
+        numbers[head : head + 1, first : first + LANES] for first in range(0, plan.block, LANES)
+    ]
+    return jnp.concatenate([jnp.broadcast_to(part, (plan.rows, LANES)) for part in parts], axis=1)
 
 
 def call(
@@ -299,17 +322,26 @@ def call(
         jax.ShapeDtypeStruct((plan.batch, plan.kv_heads, plan.rows, LANES), jnp.float32),
     )
     parts = -(-plan.channels // LANES)
+    row = pltpu.VMEM((heads, block), jnp.float32)
     state = State(
-        highest=pltpu.VMEM((heads, plan.rows, LANES), jnp.float32),
+        reference=pltpu.VMEM((heads, plan.rows, LANES), jnp.float32),
         total=pltpu.VMEM((heads, plan.rows, LANES), jnp.float32),
         weighted=pltpu.VMEM((heads, plan.rows, plan.channels), jnp.float32),
         products=pltpu.VMEM((heads, parts, _BYTES * plan.rows, LANES), jnp.int32),
+        rows=Rows(
+            norm=row if plan.scaled else None,
+            code_norm=row if plan.variance else None,
+            step=row,
+            zero=row,
+        ),
     )
+    scratch, scratch_structure = jax.tree.flatten(state)
 
     def body(*refs: Any) -> None:
         read, written = len(operands), len(operands) + len(outputs)
         given = jax.tree.unflatten(structure, refs[:read])
-        attend(plan, given, Outputs(*refs[read:written]), State(*refs[written:]))
+        kept = jax.tree.unflatten(scratch_structure, refs[written:])
+        attend(plan, given, Outputs(*refs[read:written]), kept)
 
     output, lse = pl.pallas_call(
         body,
@@ -318,7 +350,7 @@ def call(
             grid=(plan.batch, plan.steps, plan.blocks),
             in_specs=jax.tree.leaves(specs),
             out_specs=[per_row(heads, *array.shape[2:]) for array in outputs],
-            scratch_shapes=list(state),
+            scratch_shapes=scratch,
         ),
         out_shape=list(outputs),
         compiler_params=pltpu.CompilerParams(

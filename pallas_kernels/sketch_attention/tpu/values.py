@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32, Int8, Int32
 from pallas_kernels.sketch_attention.tpu.key_tiles import logical_right
 from pallas_kernels.sketch_attention.tpu.plan import Plan
 
-HIGHEST_WEIGHT = 2.0**23 - 512
-"""What the largest weight of a query becomes; rounding must not carry it to 2²³."""
+WEIGHT_BITS = 22
+"""No weight is above 2²²; even what rounding adds to it must not carry it to 2²³."""
 
 _INTEGERS = 2.0**23
 _FLIPS = 0x0B808080
@@ -43,7 +43,7 @@ def unpack_codes(
 
 
 def weight_bytes(weights: Float32[Array, "rows tokens"]) -> Int8[Array, "four_rows tokens"]:
-    """The bytes of weights in `[0, HIGHEST_WEIGHT]`, rounded to integers; row `4·r + byte`.
+    """The bytes of weights in `[0, 2**23 - 1]`, rounded to integers; row `4·r + byte`.
 
     A float between 2²³ and 2²⁴ holds an integer in its mantissa. Bytes 0 to 2 come out 128 less
     than they are, to be signed, and byte 3 as 64, which serves to add what is missing.
