@@ -69,13 +69,15 @@ def draw_bytes() -> Figure:
             left += count
         total = spec.bytes_per_token(HEAD_DIM)
         ratio = PRESETS[EXACT].bytes_per_token(HEAD_DIM) / total
-        axes.text(left + 5, row, f"{total} bytes, ×{ratio:.1f}", va="center", fontsize=9)
+        smaller = "" if spec.exact else f", {ratio:.1f} × smaller"
+        axes.text(left + 5, row, f"{total} bytes{smaller}", va="center", fontsize=9)
     axes.set_yticks(range(len(SHOWN)), reversed(SHOWN))
     axes.set_xlabel(f"bytes per token and KV head of {HEAD_DIM} channels, without the window")
     axes.set_xlim(0, 620)
     handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in PARTS.values()]
     axes.legend(handles, list(PARTS), frameon=False, loc="lower right")
     _plain(axes)
+    axes.grid(visible=False, axis="y")
     return figure
 
 
@@ -93,16 +95,17 @@ def draw_memory() -> Figure:
         ("sinks-window", "#d62728"),
     ):
         sizes = [PRESETS[name].nbytes(config, batch=1, max_length=int(n)) / 1e6 for n in lengths]
-        axes.plot(lengths, sizes, color=colour, marker="o", markersize=3)
-        axes.text(
-            lengths[-1] * 1.1, sizes[-1], f"{name}, {sizes[-1]:,.0f} MB", color=colour, va="center"
-        )
+        axes.plot(lengths, sizes, color=colour, marker="o", markersize=3, clip_on=False)
+        size = f"{sizes[-1] / 1000:.1f} GB" if sizes[-1] >= 1000 else f"{sizes[-1]:.0f} MB"
+        axes.text(lengths[-1] * 1.1, sizes[-1], f"{name}, {size}", color=colour, va="center")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(lengths[0], lengths[-1] * 8)
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("MB of cache")
+    axes.set_xlim(lengths[0], lengths[-1])
+    axes.set_xticks(lengths, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in lengths])
+    axes.set_yticks([10, 100, 1000, 10_000], ["10 MB", "100 MB", "1 GB", "10 GB"])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of the sequence (1k is 1024)", loc="left")
+    axes.set_title("Cache of one sequence, Llama 3 8B", loc="left", fontsize=11)
     _plain(axes)
     return figure
 
@@ -122,12 +125,13 @@ def draw_window() -> Figure:
                 Rectangle((token, 2), 0.85, 0.85, facecolor="white", alpha=0.7, edgecolor=coded)
             )
     axes.text(-0.6, 2.42, "codes", ha="right", va="center")
+    axes.text(tokens - window / 2, 3.05, "stored, not yet read", ha="center", color=coded)
     axes.text(-0.6, 1.22, "exact", ha="right", va="center")
     middle = (sinks + tokens - window) / 2
     axes.annotate(
         "one softmax over the codes of these tokens",
         (middle, 2.95), (middle, 3.6), ha="center",
-        arrowprops={"arrowstyle": "-[, widthB=13.5", "color": coded},
+        arrowprops={"arrowstyle": "-[, widthB=14.5", "color": coded},
     )  # fmt: skip
     for place, text in ((sinks / 2, "first S"), (tokens - window / 2, "latest W")):
         axes.text(place, 0.35, text, ha="center", va="center")
@@ -149,12 +153,12 @@ def draw_scores() -> Figure:
     """True logits of random keys beside those from their codes."""
     sample, keys, queries = _samples()
     true = queries @ keys[:, 0].T / HEAD_DIM**0.5
-    figure = Figure(figsize=(9.5, 3.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9.5, 3.9), dpi=120, layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     for axes, name in zip(panels, ("h1b-paper", "h1b-signs", "h1b"), strict=True):
         read = _coded_logits(PRESETS[name], sample, keys, queries)
         correlation = np.corrcoef(np.ravel(true), np.ravel(read))[0, 1]
-        axes.scatter(np.ravel(true), np.ravel(read), s=1, color="#2a6f97", alpha=0.25)
+        axes.scatter(np.ravel(true), np.ravel(read), s=2, color="#2a6f97", alpha=0.15, linewidths=0)
         axes.axline((0, 0), slope=1, color="#404040", linewidth=0.8)
         bits = PRESETS[name].bytes_per_token(HEAD_DIM) - sum(
             parts(PRESETS[name], HEAD_DIM)[part]
@@ -163,6 +167,9 @@ def draw_scores() -> Figure:
         axes.set_title(f"{name}: {bits:.0f} bytes a key\ncorrelation {correlation:.3f}")
         axes.set_xlabel("true logit")
         _plain(axes)
+        axes.set_xlim(-5.5, 5.5)
+        axes.set_ylim(-5.5, 5.5)
+        axes.set_aspect("equal")
     panels[0].set_ylabel("logit from the code")
     return figure
 

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -416,3 +418,13 @@ def test_a_reader_that_goes_away_is_no_error(toy_folder):
         running.stdout.close()
         err = running.stderr.read()
     assert (running.returncode, err) == (141, "")
+
+
+def test_a_platform_for_which_nothing_is_installed_is_one_line(toy_folder):
+    if any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("jax can run on NVIDIA GPUs here")
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    with process("-m", "h1bjax.cli", *command("generate", toy_folder), env=environment) as running:
+        out, err = running.communicate()
+    assert (running.returncode, out) == (2, "")
+    assert err.endswith("h1bjax: error: nothing is installed for JAX_PLATFORMS=cuda\n")

@@ -74,7 +74,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # An orderly end would wait for processes that never come, and then abort.
             os._exit(EXIT_ERROR)
         return EXIT_ERROR
+    except AssertionError:
+        # JAX asserts where JAX_PLATFORMS names a platform for which nothing is installed.
+        if (problem := _missing_platform()) is None:
+            raise
+        _report(f"error: {problem}")
+        return EXIT_ERROR
     return 0
+
+
+def _missing_platform() -> str | None:
+    """Why JAX has no device at all, if so."""
+    from h1bjax.doctor.machine import jax_devices
+
+    try:
+        jax_devices()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,20 +106,28 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog=PROGRAM, description="Llama-family decoding in JAX from a compressed key-value cache."
+        prog=PROGRAM,
+        description="Run Llama-family models in JAX from a compressed key-value cache.",
+        epilog=f"'{PROGRAM} COMMAND --help' explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add_parser(commands)
     calibrate.add_parser(commands)
-    evaluate = commands.add_parser("eval", help="measure a model's quality")
+    finetune.add_parser(commands)
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model's quality",
+        description="Measures a model's quality through a cache. Perplexity and retrieval need "
+        "nothing more; the other measures are benchmarks of lm-evaluation-harness, for which "
+        "there is the extra 'eval'.",
+    )
     measures = evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
     for measure in (perplexity, retrieval, tasks):
         measure.add_parser(measures)
-    bench.add_parser(commands)
     cache_size.add_parser(commands)
+    bench.add_parser(commands)
     convert.add_parser(commands)
-    finetune.add_parser(commands)
     doctor.add_parser(commands)
     return parser
 

@@ -18,10 +18,20 @@ _EXACT = "exact"
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the program."""
-    bench = commands.add_parser("bench", help="measure speed and memory, with random weights")
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory",
+        description="Measures speed and memory of whole models, with random weights: only shapes "
+        "matter.",
+    )
     subjects = bench.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
 
-    decode = subjects.add_parser("decode", help="decode steps of a whole model")
+    decode = subjects.add_parser(
+        "decode",
+        help="decode steps of a whole model",
+        description="Times decode steps of a whole model for one cache after another, and prints "
+        "a table.",
+    )
     decode.set_defaults(run=_run_decode)
     _add_common(decode)
     decode.add_argument(
@@ -31,7 +41,11 @@ def add_parser(commands: Any) -> None:
         "or only so where --batch is not given",
     )
     decode.add_argument(
-        "--steps", type=positive, default=32, metavar="N", help="in a run; default: %(default)s"
+        "--steps",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="decode steps of a run; default: %(default)s",
     )
     decode.add_argument(
         "--peer",
@@ -39,7 +53,12 @@ def add_parser(commands: Any) -> None:
         help="measure transformers' static cache and compiled step as well (needs torch)",
     )
 
-    prefill = subjects.add_parser("prefill", help="reading prompts into the cache of a whole model")
+    prefill = subjects.add_parser(
+        "prefill",
+        help="reading prompts into the cache of a whole model",
+        description="Times how prompts are read into the cache of a whole model, for one cache "
+        "after another, and prints a table.",
+    )
     prefill.set_defaults(run=_run_prefill)
     _add_common(prefill)
 
@@ -60,7 +79,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="cache presets, of which cache-size lists all; default: exact h1b",
     )
     parser.add_argument(
-        "--batch", nargs="+", type=positive, default=[], metavar="N", help="sequences; default: 1"
+        "--batch",
+        nargs="+",
+        type=positive,
+        default=[],
+        metavar="N",
+        help="sequences, one number or several; default: 1",
     )
     parser.add_argument(
         "--context",
@@ -70,7 +94,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="tokens that each sequence holds at the end",
     )
     parser.add_argument(
-        "--repetitions", type=positive, default=5, metavar="N", help="runs; default: %(default)s"
+        "--repetitions",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="runs, of which the median counts; default: %(default)s",
     )
     parser.add_argument(
         "--dtype",

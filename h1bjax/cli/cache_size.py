@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the program."""
     parser = commands.add_parser(
-        "cache-size", help="what each cache preset costs; needs only config.json"
+        "cache-size",
+        help="show what each cache preset costs",
+        description="Lists all cache presets with the bytes that they cost a model, window and "
+        "padding included. Of the model, only config.json is read.",
     )
     parser.set_defaults(run=_run)
     add_model(parser)

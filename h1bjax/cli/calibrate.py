@@ -20,7 +20,12 @@ DEFAULT_CONTEXT = 2048
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the program."""
-    parser = commands.add_parser("calibrate", help="fit caches to a model from sample text")
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit caches to a model from sample text",
+        description="Fits caches to a model in one pass over sample text, and writes the "
+        "calibrations beside its weights, where every command finds them.",
+    )
     parser.set_defaults(run=_run)
     add_model(parser)
     add_text(parser)
@@ -60,7 +65,13 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="windows at a time; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the choice of text and keys; default: %(default)s",
+    )
 
 
 def _run(options: argparse.Namespace) -> None:

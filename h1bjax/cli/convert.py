@@ -13,12 +13,16 @@ from h1bjax.cli.options import add_dtype, add_model
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the program."""
     parser = commands.add_parser(
-        "convert", help="write a checkpoint as a folder of safetensors, in another dtype if wanted"
+        "convert",
+        help="write a model as a folder of safetensors",
+        description="Writes a model as a folder of safetensors that transformers loads too, in "
+        "another dtype if wanted. Calibrations are not copied, because they hold for the weights "
+        "as they were.",
     )
     parser.set_defaults(run=_run)
     add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
-    add_dtype(parser)
+    add_dtype(parser, of="the weights that are written")
 
 
 def _run(options: argparse.Namespace) -> None:

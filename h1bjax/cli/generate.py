@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the program."""
-    parser = commands.add_parser("generate", help="continue prompts")
+    parser = commands.add_parser(
+        "generate",
+        help="continue prompts",
+        description="Continues prompts. The text goes to stdout; what the cache costs, and the "
+        "speed, to stderr.",
+    )
     parser.set_defaults(run=_run)
     add_model(parser)
     parser.add_argument(
@@ -32,7 +37,11 @@ def add_parser(commands: Any) -> None:
     add_cache(parser)
     add_dtype(parser)
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=128, metavar="N", help="default: %(default)s"
+        "--max-new-tokens",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="the most tokens that each prompt gets; default: %(default)s",
     )
     parser.add_argument(
         "--temperature",
@@ -58,7 +67,9 @@ def add_parser(commands: Any) -> None:
         metavar="P",
         help="drop tokens less than P times as probable as the best; 0 is off",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of sampling; default: %(default)s"
+    )
     parser.add_argument(
         "--stop",
         action="append",

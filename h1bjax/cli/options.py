@@ -41,13 +41,13 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Adds --dtype; "auto" stands for the checkpoint's."""
+def add_dtype(parser: argparse.ArgumentParser, of: str = "weights and arithmetic") -> None:
+    """Adds --dtype, that of what `of` names; "auto" stands for the checkpoint's."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of weights and arithmetic; auto, the default, is the checkpoint's",
+        help=f"of {of}; auto, the default, is the checkpoint's",
     )
 
 

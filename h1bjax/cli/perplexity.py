@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 def add_parser(measures: Any) -> None:
     """Adds the measure to those of `h1bjax eval`."""
-    parser = measures.add_parser("perplexity", help="score a text through the cache")
+    parser = measures.add_parser(
+        "perplexity",
+        help="score a text through the cache",
+        description="Scores a text, each window of it read through an empty cache as decoding "
+        "reads. 'late' are the tokens in the last quarter of full windows.",
+    )
     parser.set_defaults(run=_run)
     add_model(parser)
     add_text(parser)

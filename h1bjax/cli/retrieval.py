@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def add_parser(measures: Any) -> None:
     """Adds the measure to those of `h1bjax eval`."""
     parser = measures.add_parser(
-        "retrieval", help="find numbers again in contexts of several lengths"
+        "retrieval",
+        help="find numbers again in contexts of several lengths",
+        description="Hides numbers in contexts of several lengths and asks for them, with the "
+        "same questions for every cache. Prints the shares that were found.",
     )
     parser.set_defaults(run=_run)
     add_model(parser)
@@ -66,7 +69,11 @@ def add_parser(measures: Any) -> None:
         help="text around the passkeys, .txt or .jsonl; by default sentences of no content",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of numbers and names; default: 0"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of numbers and names; default: %(default)s",
     )
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw a heat map into this file")
     add_json(parser, "print one JSON object")

@@ -27,11 +27,15 @@ BENCHMARKS = {
 }
 """What the benchmarks are, by name."""
 
+_PRINTED = "Prints a line for each task and metric, with its standard error."
+
 
 def add_parser(measures: Any) -> None:
     """Adds the benchmarks, and any other task, to the measures of `h1bjax eval`."""
     for name, help in BENCHMARKS.items():
-        parser = measures.add_parser(name, help=help)
+        parser = measures.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}. {_PRINTED}"
+        )
         parser.set_defaults(run=_run_benchmark, benchmark=name)
         add_model(parser)
         parser.add_argument(
@@ -43,7 +47,12 @@ def add_parser(measures: Any) -> None:
             + ("" if name == "longeval-lines" else "; by default the data come from the hub"),
         )
         _add_options(parser, code=name == "humaneval")
-    parser = measures.add_parser("task", help="any other task of lm-evaluation-harness")
+    parser = measures.add_parser(
+        "task",
+        help="any other task of lm-evaluation-harness",
+        description=f"Runs tasks of lm-evaluation-harness; 'lm_eval ls tasks' lists them. "
+        f"{_PRINTED}",
+    )
     parser.set_defaults(run=_run_tasks)
     parser.add_argument("names", nargs="+", metavar="NAME", help="a task, group or tag")
     add_model(parser)
