@@ -11,7 +11,6 @@ written after every preset; `--table results.json` prints them again as Markdown
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -25,78 +24,17 @@ from typing import Any
 import jax
 from jaxtyping import Array
 from quality_results import EXACT, markdown
+from quality_tasks import Tasks, describe, write_results
 
 from h1bjax import PRESETS, CacheSpec, Decoder, load
 from h1bjax.cache import CodecParameters
 from h1bjax.calibrate import Calibration, calibrate, calibration_windows
 from h1bjax.calibration_file import is_calibratable, needs_calibration
 from h1bjax.decoder import fold_value_rotation
-from h1bjax.evaluate import evaluation_tokenizer, window_perplexity
 from h1bjax.model import Model, random_projections
-from h1bjax.retrieval import (
-    CopyTask,
-    KeyValueTask,
-    copy_task,
-    key_value_task,
-    score_copies,
-    score_key_values,
-)
 from h1bjax.text_files import read_documents
-from h1bjax.window_scores import score_windows
-from h1bjax.windows import Windows, text_windows
 
 FILES = ("model", "calibration_text", "books", "wikitext", "out")
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """What every cache is scored on, cut into windows once.
-
-    All have windows of one length and are read in batches of one size, so that one compiled
-    function serves all of them.
-    """
-
-    books: Windows
-    wikitext: Windows
-    copies: CopyTask
-    key_values: KeyValueTask
-    context: int
-    batch: int
-
-    def compile(self, decoder: Decoder) -> None:
-        """Compiles what `score` needs for decoders of this spec, and runs it once."""
-        score_windows(decoder, self.books.first(1), batch=self.batch, length=self.context)
-
-    def score(self, decoder: Decoder) -> dict[str, Any]:
-        """Scores a decoder through the cache of its spec."""
-        shape = {"batch": self.batch, "length": self.context}
-        scores: dict[str, Any] = {}
-        for name, windows in [("books", self.books), ("wikitext", self.wikitext)]:
-            result = window_perplexity(decoder, windows, **shape)
-            scores[name] = {
-                "bits_per_byte": result.bits_per_byte,
-                "nats_per_token": result.nats_per_token,
-                "tokens": result.tokens,
-                "bytes": result.bytes,
-                "late_bits_per_byte": None if result.late is None else result.late.bits_per_byte,
-                "late_tokens": 0 if result.late is None else result.late.tokens,
-                "late_bytes": 0 if result.late is None else result.late.bytes,
-            }
-        copies = score_copies(decoder, self.copies, **shape)
-        scores["copy"] = {
-            "bits_per_byte": copies.bits_per_byte,
-            "first_bits_per_byte": copies.first.bits_per_byte,
-            "tokens": copies.repeated.tokens,
-            "bytes": copies.repeated.bytes,
-        }
-        answers = score_key_values(decoder, self.key_values, **shape)
-        scores["key_value"] = {
-            "bits_per_byte": answers.bits_per_byte,
-            "accuracy": answers.accuracy,
-            "tokens": answers.answers.tokens,
-            "bytes": answers.answers.bytes,
-        }
-        return scores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,7 +66,16 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     model = load(options.model, cache=EXACT, dtype=dtype)
     for spec in specs:
         spec.check_head_dim(model.config.head_dim)
-    tasks = _tasks(model, texts, options)
+    tasks = Tasks.create(
+        model,
+        books=texts["books"],
+        wikitext=texts["wikitext"],
+        books_tokens=options.books_tokens,
+        wikitext_tokens=options.wikitext_tokens,
+        retrieval_windows=options.retrieval_windows,
+        context=options.context,
+        batch=options.batch,
+    )
     parameters = model.decoder.parameters()
     calibrations, seconds = _calibrate(model, texts["calibration_text"], specs, options)
     results: dict[str, Any] = {
@@ -166,34 +113,12 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         for spec, found, ready in zip(specs, caches, compiled, strict=True):
             ready.result()
             runs = [_run(tasks, cache, cache.decoder(model, parameters)) for cache in found]
-            results["presets"].append(_describe(model, spec, options.context) | {"runs": runs})
-            _write(options.out, results)
+            described = describe(model.config, spec, options.context)
+            results["presets"].append(described | {"runs": runs})
+            write_results(options.out, results)
     finally:
         pool.shutdown(cancel_futures=True)
     return results
-
-
-def _tasks(model: Model, texts: Mapping[str, Sequence[str]], options: argparse.Namespace) -> Tasks:
-    context = options.context
-    trained = model.config.max_position_embeddings
-    if context > trained:
-        raise ValueError(f"--context {context} exceeds the {trained} tokens the model is made for")
-    tokenizer = evaluation_tokenizer(model, context, options.batch)
-    vocab_size = model.config.vocab_size
-    counts = {"books": options.books_tokens, "wikitext": options.wikitext_tokens}
-    books, wikitext = (
-        text_windows(tokenizer, vocab_size, texts[name], context=context, tokens=tokens)
-        for name, tokens in counts.items()
-    )
-    retrieval = {"context": context, "windows": options.retrieval_windows, "seed": 0}
-    return Tasks(
-        books=books,
-        wikitext=wikitext,
-        copies=copy_task(tokenizer, vocab_size, texts["books"], **retrieval),
-        key_values=key_value_task(tokenizer, vocab_size, **retrieval),
-        context=context,
-        batch=options.batch,
-    )
 
 
 def _calibrate(
@@ -268,26 +193,6 @@ def _run(tasks: Tasks, cache: _Cache, decoder: Decoder) -> dict[str, Any]:
         flush=True,
     )
     return {"calibration_seed": cache.seed, "scores": scores, "seconds": seconds}
-
-
-def _describe(model: Model, spec: CacheSpec, context: int) -> dict[str, Any]:
-    config = model.config
-    nbytes = spec.nbytes(config, batch=1, max_length=context)
-    return {
-        "name": spec.name,
-        "keys": "evicted" if spec.evict else type(spec.keys).__name__,
-        "calibratable": is_calibratable(spec),
-        "bytes_per_token_head": spec.bytes_per_token(config.head_dim),
-        "everything_per_token_head": nbytes / (config.num_layers * config.num_kv_heads * context),
-    }
-
-
-def _write(path: Path, results: Mapping[str, Any]) -> None:
-    """Replaces the file at once, so that a killed study leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

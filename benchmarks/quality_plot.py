@@ -2,7 +2,9 @@ r"""Draws what `quality.py` found: loss of quality per byte, for text and for co
 
     python benchmarks/quality_plot.py results.json docs/quality.png
 
-Calibrated presets are shown at the mean of their seeds, with bars from the best to the worst.
+Calibrated presets are shown at the mean of their seeds, with bars from the best to the worst. A
+line leads to a hollow marker where the model was trained for the cache, and is compared with the
+exact cache of a model that was trained as long.
 """
 
 import argparse
@@ -46,10 +48,13 @@ NEAR = 12
 def draw(results: Mapping[str, Any]) -> Figure:
     """A panel per measure: bytes per token and KV head to the right, loss upwards."""
     found = [row for row in rows(results, calibrated=True) if row.name != EXACT]
+    learnt = {}
+    if finetuned := results.get("finetuned"):
+        learnt = {row.name: row for row in rows(finetuned, calibrated=True) if row.name != EXACT}
     figure = Figure(figsize=(11.5, 6.5), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(PANELS))
     for axes, (column, title) in zip(panels, PANELS.items(), strict=True):
-        _points(axes, [row for row in found if column in row.loss], column)
+        _points(axes, [row for row in found if column in row.loss], learnt, column)
         axes.set_title(title)
         axes.set_ylabel("bits per byte above the exact cache")
         axes.set_xlabel(
@@ -61,11 +66,11 @@ def draw(results: Mapping[str, Any]) -> Figure:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes, column in zip(panels, PANELS, strict=True):
-        _label(axes, [row for row in found if column in row.loss], column)
+        _label(axes, [row for row in found if column in row.loss], learnt, column)
     return figure
 
 
-def _points(axes: Axes, shown: Sequence[Row], column: str) -> None:
+def _points(axes: Axes, shown: Sequence[Row], learnt: Mapping[str, Row], column: str) -> None:
     for keys, group in itertools.groupby(sorted(shown, key=_order), key=lambda row: row.keys):
         label, colour, marker = FAMILIES.get(keys, OTHER)
         points = list(group)
@@ -84,8 +89,22 @@ def _points(axes: Axes, shown: Sequence[Row], column: str) -> None:
             elinewidth=1.2,
             label=label,
         )
-    low = min(0.0, *(row.loss[column].low for row in shown))
-    high = max(LINEAR, *(row.loss[column].high for row in shown))
+        for row in points:
+            if after := learnt.get(row.name):
+                axes.plot(
+                    [row.everything, after.everything],
+                    [row.loss[column].mean, after.loss[column].mean],
+                    color=colour,
+                    marker=marker,
+                    markersize=6,
+                    markerfacecolor="white",
+                    markevery=[1],
+                    linewidth=0.9,
+                    linestyle=":",
+                )
+    ranges = [row.loss[column] for row in [*shown, *learnt.values()]]
+    low = min(0.0, *(loss.low for loss in ranges))
+    high = max(LINEAR, *(loss.high for loss in ranges))
     axes.set_xscale("log", base=2)
     bytes_ = [row.everything for row in shown]
     axes.set_xlim(min(bytes_) / 1.25, max(bytes_) * 1.25)
@@ -112,19 +131,29 @@ def _order(row: Row) -> int:
     return list(FAMILIES).index(row.keys) if row.keys in FAMILIES else len(FAMILIES)
 
 
-def _label(axes: Axes, shown: Sequence[Row], column: str) -> None:
+def _label(axes: Axes, shown: Sequence[Row], learnt: Mapping[str, Row], column: str) -> None:
     """Writes each preset's name near its point, where it covers no other name, point or line."""
     pixels = axes.figure.dpi / 72
-    centres = {
-        row.name: axes.transData.transform((row.everything, row.loss[column].mean)) for row in shown
-    }
+
+    def place_of(row: Row) -> np.ndarray:
+        return axes.transData.transform((row.everything, row.loss[column].mean))
+
+    centres = {row.name: place_of(row) for row in shown}
+    after = {f"{row.name}, trained": place_of(row) for row in learnt.values()}
     half = 5 * pixels
     drawn = _Drawn(
         inside=axes.get_window_extent(),
         points={
             name: Bbox.from_extents(x - half, y - half, x + half, y + half)
-            for name, (x, y) in centres.items()
+            for name, (x, y) in [*centres.items(), *after.items()]
         },
+        bars=[
+            Bbox(
+                axes.transData.transform([(row.everything, loss.low), (row.everything, loss.high)])
+            )
+            for row in shown
+            for loss in (row.loss[column],)
+        ],
         names=[],
         lines=[],
     )
@@ -175,12 +204,14 @@ class _Drawn:
     Attributes:
         inside: the panel.
         points: around each point, by the name of its preset.
+        bars: from the best to the worst seed of each preset.
         names: the names that have a place.
         lines: points on the lines that tie names to their points.
     """
 
     inside: Bbox
     points: Mapping[str, Bbox]
+    bars: Sequence[Bbox]
     names: list[Bbox]
     lines: list[np.ndarray]
 
@@ -190,7 +221,7 @@ class _Drawn:
         outside = not (
             self.inside.contains(place.x0, place.y0) and self.inside.contains(place.x1, place.y1)
         )
-        covered = sum(map(place.overlaps, [*self.points.values(), *self.names]))
+        covered = sum(map(place.overlaps, [*self.points.values(), *self.bars, *self.names]))
         covered += sum(_meets(line, place) for line in self.lines)
         # No line can avoid the points that cover its own.
         others = [point for point in self.points.values() if not point.overlaps(own)]

@@ -1,6 +1,6 @@
 """What a quality study found: losses relative to the exact cache, and their spread over seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,39 @@ def rows(results: Mapping[str, Any], *, calibrated: bool) -> list[Row]:
     return made
 
 
+def merge_finetuned(
+    earlier: Mapping[str, Any] | None, found: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The results of `quality_finetuned.py`, put together from several runs.
+
+    Args:
+        earlier: those of other presets, if any; its control, of the exact cache, remains.
+        found: what is added.
+
+    Raises:
+        ValueError: the runs differ in more than their presets, or have presets in common.
+    """
+    if earlier is None:
+        return found
+    different = [
+        name
+        for name in sorted({*earlier["settings"], *found["settings"]} - {"cache", "out"})
+        if earlier["settings"].get(name) != found["settings"].get(name)
+    ]
+    different += [name for name in ("device", "versions") if earlier[name] != found[name]]
+    if different:
+        raise ValueError(f"the runs cannot be compared; they differ in {', '.join(different)}")
+    known = {preset["name"] for preset in earlier["presets"]}
+    added = [preset for preset in found["presets"] if preset["name"] != EXACT]
+    if twice := [preset["name"] for preset in added if preset["name"] in known]:
+        raise ValueError(f"there are results already for {', '.join(twice)}")
+    settings = dict(earlier["settings"])
+    settings["cache"] = [*settings["cache"], *found["settings"]["cache"]]
+    return {**earlier, "settings": settings, "presets": [*earlier["presets"], *added]}
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """The study as Markdown: one table of calibrated presets and one of uncalibrated ones."""
-    settings = results["settings"]
+    """The study as Markdown: tables of calibrated, uncalibrated and, if any, finetuned presets."""
     sections = []
     for title, calibrated in [("Calibrated", True), ("Without a calibration", False)]:
         chosen = [
@@ -121,24 +151,47 @@ def markdown(results: Mapping[str, Any]) -> str:
             for row in rows(results, calibrated=calibrated)
             if calibrated or row.calibratable or row.name == EXACT
         ]
-        columns = [name for name in METRICS if name in chosen[0].bits]
-        header = [
-            "preset",
-            "marginal bytes",
-            f"everything at {settings['context']}",
-            *columns,
-            "key-value accuracy",
-        ]
-        table = [header, ["---"] * len(header)]
-        for row in chosen:
-            cells = [_cell(row, name) for name in columns]
-            accuracy = f"{100 * row.accuracy.mean:.1f}%"
-            table.append(
-                [f"`{row.name}`", f"{row.marginal}", f"{row.everything:.1f}", *cells, accuracy]
-            )
-        lines = ["| " + " | ".join(cells) + " |" for cells in table]
-        sections.append("\n".join([f"{title}:", "", *lines]))
+        table = _table(chosen, results["settings"]["context"])
+        sections.append(f"{title}:\n\n{_lines(table)}")
+    if finetuned := results.get("finetuned"):
+        chosen = rows(finetuned, calibrated=True)
+        table = _table(chosen, finetuned["settings"]["context"])
+        training = {
+            preset["name"]: preset["runs"][0]["training"] for preset in finetuned["presets"]
+        }
+        exact = training[EXACT]
+        table[0] += ["training, tokens/s", "time of a step", "memory of a step"]
+        for row, cells in zip(chosen, table[1:], strict=True):
+            own = training[row.name]
+            ratio = exact["tokens_per_second"] / own["tokens_per_second"]
+            cells += [
+                f"{own['tokens_per_second']:.0f}",
+                f"{ratio:.2f}",
+                f"{own['nbytes'] / 1e9:.1f} GB",
+            ]
+        sections.append(f"Finetuned:\n\n{_lines(table)}")
     return "\n\n".join(sections)
+
+
+def _table(chosen: Sequence[Row], context: int) -> list[list[str]]:
+    """The cells of a header and of a line for each row."""
+    columns = [name for name in METRICS if name in chosen[0].bits]
+    table = [
+        ["preset", "marginal bytes", f"everything at {context}", *columns, "key-value accuracy"]
+    ]
+    for row in chosen:
+        cells = [_cell(row, name) for name in columns]
+        accuracy = f"{100 * row.accuracy.mean:.1f}%"
+        table.append(
+            [f"`{row.name}`", f"{row.marginal}", f"{row.everything:.1f}", *cells, accuracy]
+        )
+    return table
+
+
+def _lines(table: Sequence[Sequence[str]]) -> str:
+    header, *others = table
+    lines = [header, ["---"] * len(header), *others]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _spread(values: list[float]) -> Spread:

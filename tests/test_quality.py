@@ -9,11 +9,14 @@ from calibrations import random_calibration
 from matplotlib.text import Text
 from toy import load_quietly
 
+from h1bjax import cli
 from h1bjax.cache import CacheSpec
 from h1bjax.decoder import Decoder, fold_value_rotation
 from h1bjax.evaluate import perplexity
 from h1bjax.model import Model
 from h1bjax.retrieval import copy_score, key_value_score
+from train.job import run as run_job
+from train.options import Job
 
 pytestmark = pytest.mark.once
 
@@ -281,6 +284,121 @@ def test_an_earlier_study_can_be_printed(quality, tmp_path, capsys):
     assert capsys.readouterr().out == markdown(RESULTS) + "\n"
 
 
+def finetuned(name, books, tokens_per_second, **options):
+    """A preset that a model was trained for."""
+    preset = made_up(name, 100, [books], [10 * books], **options)
+    training = {"tokens_per_second": tokens_per_second, "nbytes": 84e9}
+    preset["runs"][0] |= {
+        "training": training,
+        "calibration_seed": 0 if preset["calibratable"] else None,
+    }
+    return preset
+
+
+CONTROL = finetuned("exact", 0.0, 1000.0, keys="NoneType", calibratable=False)
+
+
+def finetuned_study(*presets):
+    return {
+        "settings": {"context": 1024, "steps": 7, "cache": [preset["name"] for preset in presets]},
+        "device": "a computer",
+        "versions": {"jax": "1"},
+        "presets": [CONTROL, *presets],
+    }
+
+
+def test_finetuned_presets_are_compared_with_the_exact_cache_trained_as_long(benchmarks):
+    from quality_results import markdown
+
+    study = finetuned_study(finetuned("first", 0.003, 800.0))
+    _, table = markdown(RESULTS | {"finetuned": study}).split("\n\nFinetuned:\n\n")
+    header, _, exact, first = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert header[2] == "everything at 1024"
+    assert header[-3:] == ["training, tokens/s", "time of a step", "memory of a step"]
+    assert exact[0] == "`exact`"
+    assert exact[-3:] == ["1000", "1.00", "84.0 GB"]
+    assert first[:4] == ["`first`", "84", "100.0", "+0.30%"]
+    assert first[6] == "+3.00%"
+    assert first[-3:] == ["800", "1.25", "84.0 GB"]
+    assert "Finetuned" not in markdown(RESULTS)
+
+
+@pytest.mark.slow
+def test_finetuned_numbers_are_those_of_the_training_job(benchmarks, toy_folder, tmp_path):
+    """With the model before training as the teacher, as the job has it."""
+    import quality_finetuned
+
+    text = tmp_path / "books.jsonl"
+    text.write_text("\n".join(json.dumps({"text": text}) for text in BOOKS * 3))
+    (tmp_path / "wikitext.txt").write_text(WIKITEXT)
+    quality_finetuned.main(
+        [
+            *("--model", str(toy_folder), "--cache", "h1b", "--teacher", "before"),
+            *("--text", str(text), "--calibration-text", str(text), "--books", str(text)),
+            *("--wikitext", str(tmp_path / "wikitext.txt"), "--out", str(tmp_path / "out.json")),
+            *("--context", str(CONTEXT), "--steps", "3", "--batch", "2", "--dtype", "float32"),
+            *("--calibration-tokens", "512", "--books-tokens", "384", "--wikitext-tokens", "256"),
+            *("--retrieval-windows", "3", "--score-batch", "2", "--compilers", "2"),
+        ]
+    )
+    exact, h1b = json.loads((tmp_path / "out.json").read_text())["presets"]
+    calibrated = tmp_path / "calibrated"
+    options = ["--context", str(CONTEXT), "--tokens", "512", "--cache", "h1b"]
+    options += ["--model", str(toy_folder), "--text", str(text), "--out", str(calibrated)]
+    assert cli.main(["calibrate", *options]) == 0
+    for preset, source, cache in [(exact, toy_folder, None), (h1b, calibrated, "h1b")]:
+        job = Job(
+            text=(text,),
+            out=tmp_path / f"{preset['name']} job",
+            steps=3,
+            model=str(source),
+            cache=cache,
+            batch=2,
+            context=CONTEXT,
+            learning_rate=1.5e-4,
+            dtype="float32",
+        )
+        outcome = run_job(job)
+        model = load_quietly(outcome.model, preset["name"])
+        books = perplexity(model, BOOKS * 3, tokens=384, context=CONTEXT, batch=2)
+        (run,) = preset["runs"]
+        found = run["scores"]["books"]["bits_per_byte"]
+        assert found == pytest.approx(books.bits_per_byte, rel=1e-5)
+        assert run["training"]["nats_per_token"] > 0
+        untrained = load_quietly(source, preset["name"])
+        before = perplexity(untrained, BOOKS * 3, tokens=384, context=CONTEXT, batch=2)
+        assert books.bits_per_byte < before.bits_per_byte - 1e-3
+    assert exact["runs"][0]["training"]["divergence"] is None
+    assert h1b["runs"][0]["training"]["divergence"] > 0
+
+
+def test_studies_of_other_finetuned_presets_are_put_together(benchmarks, tmp_path):
+    import quality_finetuned
+
+    paths = []
+    for number, preset in enumerate(
+        [finetuned("first", 0.1, 800.0), finetuned("second", 0.2, 700.0)]
+    ):
+        paths.append(str(tmp_path / f"{number}.json"))
+        Path(paths[-1]).write_text(json.dumps(finetuned_study(preset)))
+    whole = tmp_path / "results.json"
+    whole.write_text(json.dumps(RESULTS))
+    for path in paths:
+        quality_finetuned.main(["--merge", str(whole), path])
+    results = json.loads(whole.read_text())
+    assert results["presets"] == RESULTS["presets"]
+    merged = results["finetuned"]
+    assert [preset["name"] for preset in merged["presets"]] == ["exact", "first", "second"]
+    assert merged["settings"] == {"context": 1024, "steps": 7, "cache": ["first", "second"]}
+    with pytest.raises(ValueError, match="results already for second"):
+        quality_finetuned.main(["--merge", str(whole), paths[1]])
+    other = finetuned_study(finetuned("third", 0.1, 800.0)) | {"device": "another"}
+    Path(paths[0]).write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="differ in device"):
+        quality_finetuned.main(["--merge", str(whole), paths[0]])
+    assert json.loads(whole.read_text()) == results
+
+
 def test_results_without_the_exact_cache_cannot_be_compared(benchmarks):
     from quality_results import rows
 
@@ -291,11 +409,12 @@ def test_results_without_the_exact_cache_cannot_be_compared(benchmarks):
 def test_the_picture_names_every_preset_without_overlaps(benchmarks, tmp_path):
     import quality_plot
 
-    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    results = RESULTS | {"finetuned": finetuned_study(finetuned("first", 0.004, 800.0))}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     picture = tmp_path / "new" / "quality.png"
     quality_plot.main([str(tmp_path / "results.json"), str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
-    figure = quality_plot.draw(RESULTS)
+    figure = quality_plot.draw(results)
     figure.draw_without_rendering()
     for axes in figure.axes:
         # Without the lines, which belong to what matplotlib calls an annotation.

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Makes the small model that ships inside the package, from text to the finished folder WORK/model:
+#
+#     recipes/embedded.sh BOOKS VALID WORK
+#
+# BOOKS and VALID are .txt or .jsonl files, also compressed: text to train on, and held-out text. Run it
+# in the repository's root; it needs h1bjax[train]. Whatever WORK holds already is not made again and
+# interrupted training goes on, so the same command continues a run that was cut off.
+#
+# The defaults suit one H100. What may be set in the environment:
+#   CONFIG         the model, configs/embedded.json
+#   MEGABYTES      of text in which remembering pays; beside 91 MB of books 30 are three tenths of all
+#                  tokens. With much less, small models do not learn to copy from far back.
+#   STEPS, BATCH   of training the plain model. 65,536 tokens a step keep a large GPU busy; with more,
+#                  a model this small would need nearly as many steps as with these.
+#   RATE           peak learning rate. 1.5e-3 served the model of docs/quality.md at twice the width and
+#                  half the batch; narrow models and large batches bear more.
+#   CACHE, TRAINED the cache that the model then learns to read, and what changes for it (everything,
+#                  lora or decoders)
+#   CACHE_STEPS, CACHE_RATE
+#                  of that. The rate goes on where the cosine of the plain model's ended, at a tenth.
+#   SOURCE         where the books come from, for the model card
+#   EVALUATED      held-out tokens of the evaluation
+#   EXTRA          more options for both trainings, such as --context 128 for a quick trial
+set -euo pipefail
+
+if (($# != 3)) || [[ ! -f recipes/embedded_card.py ]]; then
+    echo "usage, in the repository's root: recipes/embedded.sh BOOKS VALID WORK" >&2
+    exit 2
+fi
+books=$1 valid=$2 work=$3
+config=${CONFIG:-configs/embedded.json}
+cache=${CACHE:-h1b}
+read -ra extra <<<"${EXTRA:-}"
+python=${PYTHON:-python}
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$work"
+
+# Runs a command, and writes it down for the model card.
+run() {
+    echo "recipe: [${SECONDS} s] $*" >&2
+    echo "$*" >>"$work/commands.txt"
+    "$@"
+}
+python() { command "$python" "$@"; }
+h1bjax() { python -m h1bjax.cli "$@"; }
+
+retrieval=$work/retrieval.jsonl.xz
+if [[ ! -f $retrieval ]]; then
+    # Named only when it is whole.
+    run python benchmarks/retrieval_text.py --text "$books" \
+        --megabytes "${MEGABYTES:-30}" --out "$work/partial.jsonl.xz"
+    run mv "$work/partial.jsonl.xz" "$retrieval"
+fi
+
+if [[ ! -f $work/tokenizer/tokenizer.json ]]; then
+    run python -m train.tokenizer --text "$books" --vocab-size 4096 --out "$work/tokenizer"
+fi
+
+if [[ ! -d $work/plain/model ]]; then
+    run h1bjax finetune --init "$config" --tokenizer "$work/tokenizer" \
+        --text "$books" "$retrieval" --out "$work/plain" \
+        --steps "${STEPS:-8000}" --batch "${BATCH:-32}" --learning-rate "${RATE:-3e-3}" \
+        --no-remat --checkpoint-every 1000 "${extra[@]}"
+fi
+
+if [[ ! -f $work/calibrated/calibration/$cache.json ]]; then
+    run h1bjax calibrate --model "$work/plain/model" --text "$books" "$retrieval" \
+        --cache "$cache" --out "$work/calibrated"
+fi
+
+if [[ ! -d $work/taught/model ]]; then
+    run h1bjax finetune --model "$work/calibrated" --cache "$cache" --train "${TRAINED:-everything}" \
+        --text "$books" "$retrieval" --out "$work/taught" \
+        --steps "${CACHE_STEPS:-600}" --batch "${BATCH:-32}" --learning-rate "${CACHE_RATE:-3e-4}" \
+        --no-remat --checkpoint-every 1000 "${extra[@]}"
+fi
+
+rm -rf "$work/model"
+python recipes/embedded_card.py --work "$work" --cache "$cache" --books "$books" \
+    --source "${SOURCE:-public-domain books, github.com/mlschmitt/classic-books-markdown at 944882722e9a}" \
+    --valid "$valid" --tokens "${EVALUATED:-262144}"
