@@ -261,6 +261,7 @@ def test_no_largest_batch_where_the_device_tells_no_memory(monkeypatch):
         decode._largest_batch(decoder, CASE)
 
 
+@pytest.mark.slow
 def test_bench_decode_measures_in_processes_of_its_own(capfd):
     code, lines = _bench(capfd, "decode", "--steps", "2", "--cache", "exact", "--json")
     settings, found = map(json.loads, lines)

@@ -287,6 +287,7 @@ def leaves(calibrations):
     return [np.asarray(leaf) for leaf in jax.tree.leaves([c.codec for c in calibrations])]
 
 
+@pytest.mark.slow
 def test_the_seed_alone_decides_the_fit(decoder):
     windows = random_windows(3, 40)
     specs = [SMALL.replace(keys=OrthogonalSigns(32)), PRESETS["exact"]]
@@ -298,6 +299,7 @@ def test_the_seed_alone_decides_the_fit(decoder):
     assert any(not np.array_equal(ours, theirs) for ours, theirs in different)
 
 
+@pytest.mark.slow
 def test_the_batch_does_not_change_the_fit(decoder):
     windows = random_windows(5, 40)
     one, many = (calibrate(decoder, windows, [SMALL], batch=batch)[0].codec for batch in (1, 4))

@@ -493,6 +493,7 @@ print(json.dumps({"model": model, "loading": loading, "saving": saving}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_host_never_holds_two_models(tmp_path):
     config = small_config(

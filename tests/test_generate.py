@@ -433,7 +433,7 @@ def test_only_shapes_compile(exact):
     ("cache", "dtype", "step"),
     [
         ("exact", "bfloat16", decode_step),
-        ("exact", "float32", decode),
+        pytest.param("exact", "float32", decode, marks=pytest.mark.slow),
         ("h1b", "float32", decode),
         pytest.param("kivi-2", "float32", decode, marks=pytest.mark.slow),
         pytest.param("sinks-window", "float32", decode, marks=pytest.mark.slow),

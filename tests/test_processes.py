@@ -68,7 +68,8 @@ def test_two_processes_generate_what_one_does(toy_folder):
     assert "cache h1b-signs" not in others
 
 
-@pytest.mark.parametrize("cache", [None, pytest.param("h1b-signs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [None, "h1b-signs"])
 def test_two_processes_train_what_one_does(toy_folder, tmp_path, cache):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat on the log.\n" * 40)
@@ -106,6 +107,7 @@ def test_two_processes_train_what_one_does(toy_folder, tmp_path, cache):
     assert load_quietly(out / "model").generate("the", max_new_tokens=2).text
 
 
+@pytest.mark.slow
 def test_when_one_process_is_lost_the_other_says_so_and_ends(toy_folder):
     command = ["generate", "--model", toy_folder, "--cache", "h1b-signs", "--stream"]
     command += ["--mesh", "tensor=2", "--max-new-tokens", "900", "--prompt", "the"]

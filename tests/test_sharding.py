@@ -66,9 +66,8 @@ def check(preset, sizes):
     )
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param((4, 1, 1), marks=pytest.mark.slow), (1, 1, 8)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 8)], ids=str)
 def test_every_axis_gives_the_same_tokens(sizes):
     check("h1b-p32-v2", sizes)
 
@@ -116,6 +115,7 @@ def test_a_conversation_goes_on_in_the_same_cache():
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_a_cache_of_more_rows_than_prompts_is_refused():
     spread = model("exact", mesh_of(2, 1, 1))
     held = spread.generate(PROMPTS, max_new_tokens=2).cache

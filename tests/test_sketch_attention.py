@@ -126,7 +126,10 @@ def test_the_cases_with_empty_rows_have_them():
     "case",
     [
         SketchCase(head_dim=32, bits=32, batch=3, stops=(128, 5, 0), variance=True),
-        SketchCase(head_dim=8, bits=32, batch=3, stops=(1152, 5, 0), capacity=1152, period=64),
+        pytest.param(
+            SketchCase(head_dim=8, bits=32, batch=3, stops=(1152, 5, 0), capacity=1152, period=64),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["variance", "period and two blocks"],
 )

@@ -62,8 +62,6 @@ QUICK = [
     ("96 channels", "v6e"),
     ("variance of two planes, 2-bit values", "v5p"),
     ("256 signs and a signed query", "v6e"),
-    ("256 channels", "v5p"),
-    ("3-bit values", "v6e"),
     ("period 128 of 64 channels", "v6e"),
 ]
 """Features and chips a few times each."""

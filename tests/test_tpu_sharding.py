@@ -11,7 +11,7 @@ from h1bjax.bench.shapes import SHAPES
 from h1bjax.cache import CacheSpec
 from pallas_kernels import choice
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 LLAMA_3_70B = replace(
     SHAPES["llama-3-8b"],
@@ -31,9 +31,9 @@ COLLECTIVE = re.compile(
     ("chip", "preset", "sizes"),
     [
         ("v5e", "h1b", "tensor=8,sequence=2"),
-        pytest.param("v6e", "h1b", "tensor=8,sequence=2", marks=pytest.mark.slow),
-        pytest.param("v6e", "h1b-p32-v2", "batch=2,tensor=8", marks=pytest.mark.slow),
-        pytest.param("v5e", "h1b-signs", "tensor=4,sequence=4", marks=pytest.mark.slow),
+        ("v6e", "h1b", "tensor=8,sequence=2"),
+        ("v6e", "h1b-p32-v2", "batch=2,tensor=8"),
+        ("v5e", "h1b-signs", "tensor=4,sequence=4"),
     ],
 )
 def test_a_step_moves_no_weights_and_no_cache(monkeypatch, chip, preset, sizes):

@@ -98,6 +98,7 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch, config):
     assert largest == 6
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     kept = of_random_windows(our_nats)[1]
     again = of_random_windows(our_nats, remat=True)[1]
@@ -114,6 +115,7 @@ def test_bfloat16_arithmetic_gives_float32_gradients_of_the_same_direction():
         assert error < 0.05, name
 
 
+@pytest.mark.slow
 def test_bfloat16_does_not_round_away_the_gradient_of_a_frequent_token():
     config = small_config(tie_word_embeddings=False)
     parameters = random_parameters(config)

@@ -122,7 +122,7 @@ def test_a_change_of_low_rank_is_added_to_its_matrix():
         pytest.param(Scope(SIGNS, "temperatures"), marks=pytest.mark.slow),
         Scope(SIGNS, "decoders"),
         pytest.param(Scope(LINEAR, "lora", 3), marks=pytest.mark.slow),
-        Scope(LINEAR, "everything"),
+        pytest.param(Scope(LINEAR, "everything"), marks=pytest.mark.slow),
     ],
     ids=lambda scope: scope.trained,
 )
