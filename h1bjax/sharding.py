@@ -41,7 +41,7 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[Any] | None = No
         ValueError: an axis is unknown, a size is not positive, or the devices are not so many.
     """
     if isinstance(sizes, str):
-        sizes = _parse(sizes)
+        sizes = parse_sizes(sizes)
     unknown = [name for name in sizes if name not in AXES]
     if unknown:
         raise ValueError(f"a mesh has the axes {', '.join(AXES)}, not {', '.join(unknown)}")
@@ -56,7 +56,12 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[Any] | None = No
     return Mesh(np.asarray(available).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _parse(text: str) -> dict[str, int]:
+def parse_sizes(text: str) -> dict[str, int]:
+    """Sizes of a mesh from text such as "batch=2,tensor=4".
+
+    Raises:
+        ValueError: the text is not written so.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")

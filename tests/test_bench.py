@@ -5,19 +5,24 @@ import re
 import subprocess
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from h1bjax import cli
-from h1bjax.bench import contents, decode, prefill, worker
+from h1bjax.bench import contents, decode, placement, prefill, worker
 from h1bjax.bench.case import Case, Measured
 from h1bjax.bench.shapes import SHAPES
 from h1bjax.cache import PRESETS as CACHE_PRESETS
 from h1bjax.cache import CacheSpec
+from h1bjax.cache.sharded import init_sharded
 from h1bjax.decoder import Decoder, init_codec
+from h1bjax.parameters import decoder_parameters
+from h1bjax.sharding import parameter_sharding
 from pallas_kernels.sketch_attention import bench, bench_cases, sketch_attention, timing
 from pallas_kernels.sketch_attention.bench_cases import PRESETS, Shape
 from pallas_kernels.sketch_attention.timing import Seconds
@@ -241,7 +246,7 @@ def test_measuring_counts_the_cache_the_weights_and_the_tokens():
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
     limit = 3_000_000
-    monkeypatch.setattr(decode, "device_memory", lambda: {"bytes_limit": limit})
+    monkeypatch.setattr(decode, "device_memory", lambda mesh: {"bytes_limit": limit})
     monkeypatch.setattr(decode, "_USABLE", 1.0)
     case = replace(CASE, batch=None)
     parameters = contents.random_parameters(TINY, jnp.float32, jax.random.key(0))
@@ -249,13 +254,13 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
     batch = decode._largest_batch(decoder, case)
     assert decode._planned(decode._compile(decoder, case, batch)) <= limit
     assert decode._planned(decode._compile(decoder, case, batch + 2)) > limit
-    monkeypatch.setattr(decode, "device_memory", lambda: {"bytes_limit": 1_500_000})
+    monkeypatch.setattr(decode, "device_memory", lambda mesh: {"bytes_limit": 1_500_000})
     with pytest.raises(ValueError, match="one sequence of 200 tokens"):
         decode._largest_batch(decoder, case)
 
 
 def test_no_largest_batch_where_the_device_tells_no_memory(monkeypatch):
-    monkeypatch.setattr(decode, "device_memory", dict)
+    monkeypatch.setattr(decode, "device_memory", lambda mesh: {})
     decoder = Decoder(TINY, contents.random_parameters(TINY, jnp.float32, jax.random.key(0)))
     with pytest.raises(ValueError, match="does not tell its memory"):
         decode._largest_batch(decoder, CASE)
@@ -330,7 +335,7 @@ def test_measuring_prefill_fills_the_cache():
 
 
 def test_cases_survive_the_way_to_another_process():
-    case = replace(CASE, batch=None, exact_prefill=True)
+    case = replace(CASE, batch=None, exact_prefill=True, mesh="tensor=2")
     assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
     found = _measured("h1b", 2, 0.1)
     assert Measured.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -342,13 +347,155 @@ def test_cases_survive_the_way_to_another_process():
         (["--cache", "h1c"], "unknown cache preset 'h1c'"),
         (["--steps", "200"], "--steps 200 must be fewer than --context 200"),
         (["--shape", "huge"], "unknown shape 'huge'; choose one of llama-3-8b"),
+        (["--mesh", "none", "tensor"], "a mesh is written like batch=2,tensor=4"),
+        (["--mesh", "model=2"], "a mesh has the axes batch, tensor, sequence, not model"),
+        (["--mesh", "tensor=4"], "tensor=4 does not divide the model's 2 KV heads; use tensor=2"),
+        (["--mesh", "batch=2", "--batch", "4", "3"], "3 sequences cannot be divided over batch=2"),
+        (
+            ["--mesh", "tensor=2", "--peer", "transformers"],
+            "--peer runs on one device; add none to --mesh",
+        ),
     ],
 )
 def test_bench_decode_refuses_before_it_measures(capfd, monkeypatch, arguments, message):
     monkeypatch.setattr(worker, "run", lambda kind, case: pytest.fail("it measured"))
+    # The first process to ask for devices takes their memory.
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("it took devices"))
     code = cli.main(["bench", "decode", "--shape", "tiny", "--context", "200", *arguments])
     assert code == 2
     assert re.match(f"h1bjax: error: {re.escape(message)}", capfd.readouterr().err)
+
+
+# decode steps on a mesh
+
+
+@pytest.mark.parametrize("sizes", ["batch=2,tensor=2", "sequence=2"])
+@pytest.mark.parametrize("preset", ["exact", "h1b-p32"])
+def test_what_is_drawn_lies_where_the_decoder_has_it(preset, sizes):
+    mesh, spec = placement.mesh_of(sizes), CacheSpec.preset(preset)
+    parameters = contents.random_parameters(TINY, jnp.float32, jax.random.key(0), mesh)
+    rule = parameter_sharding(mesh, TINY)
+    for name, info in decoder_parameters(TINY).items():
+        axes = (None, *info.axes) if info.stacked else info.axes
+        assert parameters[name].sharding.is_equivalent_to(rule(axes), len(axes))
+    drawn = _random_cache(preset, mesh)
+    size = {"batch": 2, "max_length": 200, "dtype": jnp.float32}
+    wanted = init_sharded(mesh, TINY, spec, **size)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), wanted
+    )
+    for array, empty in zip(*map(jax.tree.leaves, (drawn, wanted)), strict=True):
+        assert array.sharding.is_equivalent_to(empty.sharding, array.ndim)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(wanted))
+    assert placement.nbytes_per_device(drawn) == held
+
+
+def test_devices_draw_for_themselves_and_alike_what_they_hold_alike():
+    place = NamedSharding(placement.mesh_of("batch=2,sequence=2"), PartitionSpec(None, "batch"))
+    arguments = (contents._scales, (10, 20, 100, 64), 2, place)
+    drawn = contents._drawn(jax.random.key(0), *arguments)
+    parts: dict[int | None, list[np.ndarray]] = {}
+    for shard in drawn.addressable_shards:
+        parts.setdefault(shard.index[1].start, []).append(np.asarray(shard.data))
+    (first, first_again), (second, second_again) = parts.values()
+    np.testing.assert_array_equal(first, first_again)
+    np.testing.assert_array_equal(second, second_again)
+    assert not np.array_equal(first, second)
+    compiled = contents._drawn.lower(jax.random.key(0), *arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.output_size_in_bytes == drawn.nbytes // 2
+    assert memory.temp_size_in_bytes < drawn.nbytes // 10
+    assert not re.findall(r"(?:all|collective)-\w+\(", compiled.as_text() or "")
+
+
+@pytest.mark.parametrize("sizes", ["batch=2,tensor=2", "sequence=2"])
+def test_measuring_on_a_mesh_counts_all_of_its_devices(sizes):
+    found = decode.measure(replace(CASE, mesh=sizes))
+    tokens = 256  # a multiple of 128 on each of two devices
+    spec = CacheSpec.preset("h1b")
+    assert found.mesh == sizes
+    assert found.cache_nbytes == spec.nbytes(TINY, batch=2, max_length=tokens, dtype="float32")
+    assert found.weights_nbytes == 4 * (512 * 128 + 128 + 2 * (3 * 128 * 256 + 48 * 1024 + 256))
+    assert found.tokens_per_second == pytest.approx(2 / found.seconds)
+
+
+def test_a_loop_on_a_mesh_decodes_what_one_device_decodes_and_leaves_things_where_they_were():
+    mesh, rng = placement.mesh_of("batch=2,tensor=2"), jax.random.key(3)
+    whole = contents.random_parameters(TINY, jnp.float32, rng)
+    rule = parameter_sharding(mesh, TINY)
+    divided = {
+        name: jax.device_put(whole[name], rule((None, *info.axes) if info.stacked else info.axes))
+        for name, info in decoder_parameters(TINY).items()
+    }
+    found = []
+    for decoder in (Decoder(TINY, whole), Decoder(TINY, divided, mesh=mesh)):
+        places = placement.shardings(decode._cache_shapes(decoder, CASE, 2))
+        cache = _random_cache("exact")
+        if decoder.mesh is not None:
+            cache = jax.device_put(cache, places)
+        tokens = jax.device_put(jnp.asarray([5, 6], jnp.int32), places.lengths)
+        compiled = decode._compile(decoder, CASE, 2)
+        for _ in range(2):
+            lengths = jnp.full(2, 150, jnp.int32, device=places.lengths)
+            tokens, cache, finite = compiled(decoder, tokens, replace(cache, lengths=lengths))
+            assert finite
+        found.append((np.asarray(tokens), np.asarray(cache.keys)))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_the_largest_batch_of_a_mesh_fills_each_device(monkeypatch):
+    limit = 1_500_000
+    monkeypatch.setattr(decode, "device_memory", lambda mesh: {"bytes_limit": limit})
+    monkeypatch.setattr(decode, "_USABLE", 1.0)
+    mesh = placement.mesh_of("batch=2,tensor=2")
+    parameters = contents.random_parameters(TINY, jnp.float32, jax.random.key(0), mesh)
+    decoder = Decoder(TINY, parameters, mesh=mesh)
+    case = replace(CASE, batch=None)
+    batch = decode._largest_batch(decoder, case)
+    assert batch % 2 == 0
+    assert decode._planned(decode._compile(decoder, case, batch)) <= limit
+    assert decode._planned(decode._compile(decoder, case, batch + 4)) > limit
+
+
+def test_more_devices_than_there_are_are_refused():
+    outcome = worker._outcome("decode", replace(CASE, mesh="batch=2,sequence=8").to_json())
+    assert outcome["error"] == (
+        "ValueError: the mesh batch=2,sequence=8 needs 16 devices, and there are 8"
+    )
+
+
+def test_bench_decode_compares_meshes_with_one_device(capfd, monkeypatch):
+    asked = []
+
+    def run(kind, case):
+        asked.append((kind, case.mesh, case.batch))
+        if case.mesh == "sequence=2":
+            return "RuntimeError: RESOURCE_EXHAUSTED"
+        seconds = 0.01 if case.preset == "exact" else 0.004
+        batch = case.batch or (9 if case.mesh is None else 20)
+        return _measured(case.preset, batch, seconds if case.mesh is None else seconds / 1.6)
+
+    monkeypatch.setattr(worker, "run", run)
+    code, lines = _bench(
+        capfd, "decode", "--batch", "4", "--largest-batch", "--peer", "transformers",
+        "--mesh", "tensor=2", "none", "sequence=2",
+    )  # fmt: skip
+    assert code == 0
+    caches = [("decode", mesh, 4) for mesh in (None, "tensor=2", "sequence=2") for _ in range(2)]
+    caches.insert(2, ("transformers", None, 4))
+    assert asked[:7] == caches
+    assert {kind for kind, _, _ in asked[7:]} == {"decode"}
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len({row.count("|") for row in rows}) == 1
+    assert "| × exact | × 1 device | cache bytes of all devices | peak memory of one" in rows[0]
+    assert rows[3].startswith("| h1b | none | 4 | 4.00 (4.00 to 4.00) | 1000 | 2.50 | 1.00 |")
+    assert rows[4].startswith("| transformers | none | 4 |")
+    assert rows[6].startswith("| h1b | tensor=2 | 4 | 2.50 (2.50 to 2.50) | 1600 | 2.50 | 1.60 |")
+    assert rows[8].startswith("| h1b | sequence=2 | 4 | RuntimeError: RESOURCE_EXHAUSTED |")
+    # Other batches have nothing to be compared with.
+    assert rows[12].startswith("| h1b | tensor=2 | 20 (largest) | 2.50 (2.50 to 2.50) | 8000 |")
+    assert "| 2.50 |  | 1.00 kB" in rows[12]
 
 
 def test_what_another_case_may_be_spared_is_no_end_of_the_bench():
@@ -375,7 +522,7 @@ def test_the_peer_decodes_from_a_static_cache():
     assert found.tokens_per_second > 0
 
 
-def _random_cache(preset):
+def _random_cache(preset, mesh=None):
     return contents.random_cache(
         TINY,
         CacheSpec.preset(preset),
@@ -383,6 +530,7 @@ def _random_cache(preset):
         max_length=200,
         dtype=jnp.float32,
         rng=jax.random.key(1),
+        mesh=mesh,
     )
 
 

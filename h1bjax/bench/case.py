@@ -24,6 +24,7 @@ class Case:
         steps: decode steps in a run; 0 where prompts are read.
         exact_prefill: whether prompts read themselves exactly.
         dtype: of weights and arithmetic.
+        mesh: devices along each axis, such as "tensor=2"; None for one device.
     """
 
     config: LlamaConfig
@@ -34,6 +35,7 @@ class Case:
     steps: int = 0
     exact_prefill: bool = False
     dtype: str = "bfloat16"
+    mesh: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -58,12 +60,15 @@ class Measured:
         fastest: the least over runs.
         slowest: the greatest over runs.
         tokens_per_second: of all sequences together, at the median.
-        cache_nbytes: of keys and values with everything that belongs to them.
-        weights_nbytes: of the parameters.
-        peak_nbytes: the most memory that was in use at once; None where the device does not tell.
-        device_nbytes: memory that could be used; None where the device does not tell.
+        cache_nbytes: of keys and values with everything that belongs to them, on all devices
+            together; what several hold alike counts once.
+        weights_nbytes: of the parameters, on all devices together, counted likewise.
+        peak_nbytes: the most memory that was in use at once, on the one device where that was
+            most; None where the device does not tell.
+        device_nbytes: memory of that device that could be used; None where it does not tell.
         compile_seconds: before the first run.
         notes: what was logged, such as which kernel ran and why.
+        mesh: devices along each axis; None for one device.
     """
 
     name: str
@@ -80,6 +85,7 @@ class Measured:
     device_nbytes: int | None
     compile_seconds: float
     notes: tuple[str, ...] = ()
+    mesh: str | None = None
 
     @classmethod
     def from_runs(cls, seconds: Sequence[float], *, tokens: int, **others: Any) -> Self:

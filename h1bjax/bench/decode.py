@@ -2,19 +2,21 @@
 
 import time
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
 from h1bjax.bench.case import Case, Measured
 from h1bjax.bench.contents import random_cache
+from h1bjax.bench.placement import cache_shapes, nbytes_per_device, shardings
 from h1bjax.bench.subject import Subject, device_memory
 from h1bjax.cache import KVCache
 from h1bjax.compile import jit_decoding
 from h1bjax.decoder import Decoder
+from h1bjax.sharding import BATCH
 
 _USABLE = 0.995
 """The part of the device's memory that is planned with: allocation rounds sizes up."""
@@ -24,7 +26,8 @@ def measure(case: Case) -> Measured:
     """Decodes greedily from a random cache with random weights, `case.steps` in one compiled loop.
 
     Raises:
-        ValueError: the cache does not suit the model, or not even one sequence fits.
+        ValueError: the cache does not suit the model, the mesh does not suit the model, the batch
+            or the devices, or not even one sequence fits.
         RuntimeError: the device's memory does not suffice, or logits were not finite.
     """
     subject = Subject.create(case)
@@ -40,11 +43,13 @@ def measure(case: Case) -> Measured:
         max_length=case.context,
         dtype=decoder.dtype,
         rng=jax.random.key(1),
+        mesh=decoder.mesh,
     )
-    tokens = jnp.arange(batch, dtype=jnp.int32) % case.config.vocab_size
+    rows = cache.lengths.sharding
+    tokens = jax.device_put(jnp.arange(batch, dtype=jnp.int32) % case.config.vocab_size, rows)
     seconds = []
     for _ in range(1 + case.repetitions):
-        lengths = jnp.full(batch, case.context - case.steps, jnp.int32)
+        lengths = jnp.full(batch, case.context - case.steps, jnp.int32, device=rows)
         jax.block_until_ready((lengths, cache, tokens))
         begin = time.perf_counter()
         tokens, cache, finite = jax.block_until_ready(
@@ -78,34 +83,54 @@ def decode_steps(
 
 
 def _compile(decoder: Decoder, case: Case, batch: int) -> jax.stages.Compiled:
-    init = partial(KVCache.init, batch=batch, max_length=case.context, dtype=decoder.dtype)
-    cache = jax.eval_shape(lambda: init(case.config, decoder.spec))
-    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return decode_steps.lower(decoder, tokens, cache, steps=case.steps).compile()
+    cache, mesh = _cache_shapes(decoder, case, batch), decoder.mesh
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=cache.lengths.sharding)
+    function = decode_steps
+    if mesh is not None:
+        # What one loop leaves, the next one takes.
+        places = (*shardings((tokens, cache)), NamedSharding(mesh, PartitionSpec()))
+        function = replace(function, options={**function.options, "out_shardings": places})
+    return function.lower(decoder, tokens, cache, steps=case.steps).compile()
+
+
+def _cache_shapes(decoder: Decoder, case: Case, batch: int) -> KVCache:
+    return cache_shapes(
+        case.config,
+        decoder.spec,
+        decoder.mesh,
+        batch=batch,
+        max_length=case.context,
+        dtype=decoder.dtype,
+    )
 
 
 def _largest_batch(decoder: Decoder, case: Case) -> int:
-    """The most sequences whose decode steps fit, as the compiler plans them."""
-    limit = device_memory().get("bytes_limit")
+    """The most sequences whose decode steps fit, as the compiler plans them.
+
+    Bytes are those of one device, and all devices of a mesh hold as much. Sequences are counted in
+    as many as the mesh's `batch` has, of which each device has a part of one.
+    """
+    limit = device_memory(decoder.mesh).get("bytes_limit")
     if limit is None:
         raise ValueError("this device does not tell its memory, so no largest batch can be found")
     usable = int(_USABLE * limit)
-    row = decoder.spec.nbytes(case.config, batch=1, max_length=case.context, dtype=decoder.dtype)
-    fixed = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
-    batch = (usable - fixed) // row
-    while batch > 0:
-        excess = _planned(_compile(decoder, case, batch)) - usable
+    sequences = 1 if decoder.mesh is None else decoder.mesh.shape[BATCH]
+    row = nbytes_per_device(_cache_shapes(decoder, case, sequences))
+    fixed = nbytes_per_device(decoder)
+    rows = (usable - fixed) // row
+    while rows > 0:
+        excess = _planned(_compile(decoder, case, rows * sequences)) - usable
         if excess <= 0:
-            return batch
-        batch -= -(-excess // row)
+            return rows * sequences
+        rows -= -(-excess // row)
     raise ValueError(
         f"one sequence of {case.context} tokens with the cache {case.preset!r} does not fit in "
-        f"{limit} bytes beside the model's {fixed}"
+        f"{limit} bytes of a device beside the model's {fixed}"
     )
 
 
 def _planned(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a compiled function needs at once."""
+    """Bytes of a device that a compiled function needs at once."""
     memory: Any = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes

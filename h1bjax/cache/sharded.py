@@ -47,31 +47,37 @@ def cache_specs(cache: KVCache) -> KVCache:
     return replace(cache, **present)
 
 
-def init_sharded(
+def sharded_shapes(
     mesh: Mesh, config: LlamaConfig, spec: CacheSpec, *, batch: int, max_length: int, dtype: Any
 ) -> KVCache:
-    """`KVCache.init` on a mesh: each device allocates its own part.
+    """The shapes of `KVCache.init` on a mesh, which say where their parts lie.
 
     Raises:
         ValueError: `batch` is no multiple of the mesh's; otherwise as `KVCache.init`.
     """
     if batch % mesh.shape[BATCH]:
         raise ValueError(f"{batch} rows cannot be divided over batch={mesh.shape[BATCH]}")
-    init = partial(
-        KVCache.init,
-        config,
-        spec,
-        batch=batch,
-        max_length=max_length,
-        dtype=dtype,
-        sequence_shards=mesh.shape[SEQUENCE],
+    init = _init(mesh, config, spec, batch=batch, max_length=max_length, dtype=dtype)
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda shape, axes: shape.update(sharding=NamedSharding(mesh, axes)),
+        shapes,
+        cache_specs(shapes),
     )
-    places = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        cache_specs(jax.eval_shape(init)),
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-    )
-    return jax.jit(init, out_shardings=places)()
+
+
+def init_sharded(
+    mesh: Mesh, config: LlamaConfig, spec: CacheSpec, *, batch: int, max_length: int, dtype: Any
+) -> KVCache:
+    """`KVCache.init` on a mesh: each device allocates its own part. Raises as `sharded_shapes`."""
+    sizes: dict[str, Any] = {"batch": batch, "max_length": max_length, "dtype": dtype}
+    shapes = sharded_shapes(mesh, config, spec, **sizes)
+    places = jax.tree.map(lambda shape: shape.sharding, shapes)
+    return jax.jit(_init(mesh, config, spec, **sizes), out_shardings=places)()
+
+
+def _init(mesh: Mesh, config: LlamaConfig, spec: CacheSpec, **sizes: Any) -> partial[KVCache]:
+    return partial(KVCache.init, config, spec, sequence_shards=mesh.shape[SEQUENCE], **sizes)
 
 
 def sharded_append_and_attend(

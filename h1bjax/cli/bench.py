@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from h1bjax.config import LlamaConfig
 
 _EXACT = "exact"
+_ONE_DEVICE = "none"
 
 
 def add_parser(commands: Any) -> None:
@@ -50,7 +52,16 @@ def add_parser(commands: Any) -> None:
     decode.add_argument(
         "--peer",
         choices=("transformers",),
-        help="measure transformers' static cache and compiled step as well (needs torch)",
+        help="measure transformers' static cache and compiled step as well, on one device (needs "
+        "torch)",
+    )
+    decode.add_argument(
+        "--mesh",
+        nargs="+",
+        default=[],
+        metavar="SIZES",
+        help="devices along each axis, such as batch=2,tensor=4,sequence=1: rows, heads, tokens; "
+        f"one mesh or several, and {_ONE_DEVICE} for one device; default: {_ONE_DEVICE}",
     )
 
     prefill = subjects.add_parser(
@@ -116,16 +127,38 @@ def _run_decode(options: argparse.Namespace) -> None:
     batches: list[int | None] = list(options.batch)
     if options.largest_batch:
         batches.append(None)
+    batches = batches or [1]
     jobs = []
-    for batch in batches or [1]:
-        found = [
-            ("decode", name, replace(case, preset=name, batch=batch)) for name in options.cache
-        ]
-        if options.peer is not None and batch is not None:
-            peer = replace(case, preset=options.peer, batch=batch)
-            found.append((options.peer, options.peer, peer))
+    for batch, mesh in itertools.product(batches, _meshes(options, case.config, batches)):
+        one = replace(case, batch=batch, mesh=mesh)
+        found = [("decode", name, replace(one, preset=name)) for name in options.cache]
+        if options.peer is not None and batch is not None and mesh is None:
+            found.append((options.peer, options.peer, replace(one, preset=options.peer)))
         jobs.append(found)
     _measure(options, case, "ms per step", jobs)
+
+
+def _meshes(
+    options: argparse.Namespace, config: LlamaConfig, batches: list[int | None]
+) -> list[str | None]:
+    """The meshes to measure, None for one device, which comes first: others are compared with it.
+
+    Raises:
+        ValueError: a mesh does not suit the model or a batch, or the peer has no device.
+    """
+    from h1bjax.bench.placement import check_rows, check_sizes
+
+    sizes = [mesh for mesh in options.mesh if mesh != _ONE_DEVICE]
+    for mesh in sizes:
+        divided = check_sizes(mesh, config)
+        for batch in batches:
+            if batch is not None:
+                check_rows(divided, batch)
+    if len(sizes) < len(options.mesh) or not sizes:
+        return [None, *sizes]
+    if options.peer is not None:
+        raise ValueError(f"--peer runs on one device; add {_ONE_DEVICE} to --mesh")
+    return [*sizes]
 
 
 def _run_prefill(options: argparse.Namespace) -> None:
@@ -182,11 +215,15 @@ def _config(options: argparse.Namespace) -> LlamaConfig:
 def _measure(
     options: argparse.Namespace, case: Case, unit: str, jobs: list[list[tuple[str, str, Case]]]
 ) -> None:
-    """Runs and prints jobs: lists of which each is compared with its own exact cache."""
+    """Runs and prints jobs: lists of which each is compared with its own exact cache.
+
+    On a mesh each is compared, too, with the same cache and batch on one device.
+    """
     from h1bjax.bench.worker import run
 
     _print_head(options, case, unit)
     devices: dict[str, None] = {}
+    alone: dict[tuple[str, int], Measured] = {}
     for compared in jobs:
         exact = None
         for kind, name, one in compared:
@@ -197,7 +234,9 @@ def _measure(
             found = replace(found, name=name)
             if name == _EXACT:
                 exact = found
-            _print_found(options, one, found, exact)
+            if one.mesh is None:
+                alone[name, found.batch] = found
+            _print_found(options, one, found, exact, alone.get((name, found.batch)))
             packages = (f"{package} {number}" for package, number in found.versions.items())
             devices[f"{found.device}; {', '.join(packages)}"] = None
     if not options.json:
@@ -215,40 +254,62 @@ def _print_head(options: argparse.Namespace, case: Case, unit: str) -> None:
         f"{config.num_heads} heads, {config.num_kv_heads} KV heads of {config.head_dim} channels; "
         f"{options.context} tokens\n"
     )
-    columns = [
-        "cache", "batch", unit, "tokens/s", "× exact", "cache bytes", "peak memory",
-    ]  # fmt: skip
+    columns = ["cache", "batch", unit, "tokens/s", "× exact", "cache bytes", "peak memory"]
+    if _has_meshes(options):
+        columns = [
+            "cache", "mesh", "batch", unit, "tokens/s", "× exact", "× 1 device",
+            "cache bytes of all devices", "peak memory of one device",
+        ]  # fmt: skip
     _print_line(columns)
     _print_line(["---"] * len(columns))
 
 
 def _print_failure(options: argparse.Namespace, name: str, case: Case, problem: str) -> None:
     if options.json:
-        print_json({"name": name, "batch": case.batch, "error": problem})
+        print_json({"name": name, "batch": case.batch, "mesh": case.mesh, "error": problem})
         return
     batch = "largest" if case.batch is None else str(case.batch)
-    _print_line([name, batch, problem, "", "", "", ""])
+    if _has_meshes(options):
+        _print_line([name, case.mesh or _ONE_DEVICE, batch, problem, "", "", "", "", ""])
+    else:
+        _print_line([name, batch, problem, "", "", "", ""])
 
 
 def _print_found(
-    options: argparse.Namespace, case: Case, found: Measured, exact: Measured | None
+    options: argparse.Namespace,
+    case: Case,
+    found: Measured,
+    exact: Measured | None,
+    alone: Measured | None,
 ) -> None:
     if options.json:
         print_json(found.to_json())
         return
-    ratio = None if exact is None else found.tokens_per_second / exact.tokens_per_second
+    has_meshes = _has_meshes(options)
     fastest, slowest = 1e3 * found.fastest, 1e3 * found.slowest
     _print_line(
         [
             found.name,
+            *([case.mesh or _ONE_DEVICE] if has_meshes else []),
             f"{found.batch}{' (largest)' if case.batch is None else ''}",
             f"{1e3 * found.seconds:.2f} ({fastest:.2f} to {slowest:.2f})",
             f"{found.tokens_per_second:.0f}",
-            "" if ratio is None else f"{ratio:.2f}",
+            _ratio(found, exact),
+            *([_ratio(found, alone)] if has_meshes else []),
             human_bytes(found.cache_nbytes),
             "" if found.peak_nbytes is None else human_bytes(found.peak_nbytes),
         ]
     )
+
+
+def _ratio(found: Measured, other: Measured | None) -> str:
+    """How many times as many tokens per second, if there is another."""
+    return "" if other is None else f"{found.tokens_per_second / other.tokens_per_second:.2f}"
+
+
+def _has_meshes(options: argparse.Namespace) -> bool:
+    """Whether --mesh was given, which only some subjects take; the table has its columns then."""
+    return bool(getattr(options, "mesh", None))
 
 
 def _print_line(cells: list[str]) -> None:
