@@ -379,7 +379,7 @@ def test_what_is_drawn_lies_where_the_decoder_has_it(preset, sizes):
         axes = (None, *info.axes) if info.stacked else info.axes
         assert parameters[name].sharding.is_equivalent_to(rule(axes), len(axes))
     drawn = _random_cache(preset, mesh)
-    size = {"batch": 2, "max_length": 200, "dtype": jnp.float32}
+    size: dict[str, Any] = {"batch": 2, "max_length": 200, "dtype": jnp.float32}
     wanted = init_sharded(mesh, TINY, spec, **size)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
         lambda x: (x.shape, x.dtype), wanted

@@ -5,7 +5,8 @@ import sys
 try:
     import h1bjax.harness.model  # noqa: F401  (registers the model)
 except ModuleNotFoundError as missing:
-    sys.exit(f"h1bjax: error: {missing}")
+    sys.stderr.write(f"h1bjax: error: {missing}\n")
+    sys.exit(2)
 
 from lm_eval.__main__ import cli_evaluate
 
