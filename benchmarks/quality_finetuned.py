@@ -87,22 +87,17 @@ class Subject:
             self.config, self.recipe.scope, self._origin(weights), jax.random.key(0)
         )
 
-    def fixed(self, teacher: Mapping[str, Array]) -> dict[str, Array]:
+    def fixed(self, weights: Mapping[str, Array], teacher: Mapping[str, Array]) -> dict[str, Array]:
         """What does not train, the teacher's weights among it."""
         recipe = self.recipe
-        return fixed_arrays(
-            self.config,
-            recipe.scope,
-            self._origin(teacher),
-            recipe.dtype,
-            teaches=recipe.distillation > 0,
-        )
+        taught_by = teacher if recipe.distillation else None
+        return fixed_arrays(recipe.scope, self._origin(weights), recipe.dtype, taught_by=taught_by)
 
     def compile(self, weights: Mapping[str, Array], batch: np.ndarray) -> Compiled:
         """The training step, compiled for the shapes of these arrays."""
 
         def shapes() -> tuple[TrainState, dict[str, Array]]:
-            return initial_state(self.trained(weights), self.recipe), self.fixed(weights)
+            return initial_state(self.trained(weights), self.recipe), self.fixed(weights, weights)
 
         state, fixed = jax.eval_shape(shapes)
         return train_step.lower(state, fixed, batch, self.config, self.recipe).compile()
@@ -181,7 +176,8 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         steps = [pool.submit(subject.compile, weights, first) for subject in subjects]
         scores = [
             pool.submit(
-                tasks.compile, subject.decoder(subject.trained(weights), subject.fixed(weights))
+                tasks.compile,
+                subject.decoder(subject.trained(weights), subject.fixed(weights, weights)),
             )
             for subject in subjects
         ]
@@ -189,7 +185,7 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         ready.result()
     teacher = weights
     for subject, step in zip(subjects, [step.result() for step in steps], strict=True):
-        fixed = subject.fixed(teacher)
+        fixed = subject.fixed(weights, teacher)
         trained, training = _train(subject, step, weights, fixed, text, options)
         begin = time.perf_counter()
         found = tasks.score(subject.decoder(trained, fixed))

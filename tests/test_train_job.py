@@ -1,6 +1,7 @@
 """A whole job: what it writes, how it goes on after an interruption, and what it refuses."""
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from toy import byte_level, toy_config
 
 import h1bjax
@@ -185,6 +187,44 @@ def test_begins_from_a_models_weights(job, toy_folder):
         assert 0 < moved < 1e-5, name
 
 
+@pytest.mark.once
+def test_imitates_the_teacher_that_is_named(job, toy_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(toy_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "np"})
+    start = replace(job, init=None, tokenizer=None, model=str(toy_folder), steps=1, warmup=0)
+    divergences = []
+    for teacher in (toy_folder, other):
+        out = tmp_path / f"taught by {teacher.name}"
+        taught = replace(start, out=out, teacher=str(teacher))
+        run(taught)
+        (row,) = read_log(out / "log.csv")
+        assert row.divergence is not None
+        divergences.append(row.divergence)
+    assert divergences[0] == pytest.approx(0, abs=1e-5)
+    assert divergences[1] > 1e-3
+
+
+def test_a_teacher_of_another_kind_is_refused(job, toy_folder, tmp_path):
+    start = replace(job, init=None, tokenizer=None, model=str(toy_folder))
+    other = tmp_path / "other"
+    shutil.copytree(toy_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    described = config | {"rms_norm_eps": 0.5, "torch_dtype": "float16"}
+    (other / "config.json").write_text(json.dumps(described))
+    named = f"the teacher {other} is not of the model's shape: rms_norm_eps 0.5 instead of 1e-"
+    with pytest.raises(ValueError, match=re.escape(named)):
+        run(replace(start, teacher=str(other)))
+    (other / "config.json").write_text(json.dumps(config))
+    with (other / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="has another tokenizer than the model"):
+        run(replace(start, teacher=str(other)))
+    assert not job.out.exists()
+
+
 @pytest.mark.slow
 def test_trains_for_a_cache_on_a_mesh_and_writes_its_calibration(job, toy_folder):
     mesh = f"batch={len(jax.devices()) // 2},tensor=2" if len(jax.devices()) > 1 else None
@@ -335,6 +375,11 @@ def test_bad_options_are_listed_together(files, tmp_path):
         ({"cache": "h1b"}, "random weights train as a whole, and without a cache"),
         ({"trained": "lora"}, "random weights train as a whole"),
         ({"distillation": 1.0}, "random weights have nothing to teach"),
+        ({"teacher": "somewhere"}, "a teacher belongs to a model that begins from weights"),
+        (
+            {"init": None, "tokenizer": None, "model": "a", "teacher": "b", "distillation": 0.0},
+            "a teacher .* teaches by a distillation above 0",
+        ),
         ({"next_token": 0.0}, "next_token and distillation must not both be 0"),
         ({"trained": "decoders"}, "decoders belong to a cache; name one"),
         ({"rank": 3}, "rank=3 belongs to 'lora'"),

@@ -33,7 +33,7 @@ def placed(scope, mesh):
     trained = placement.place(trained_arrays(CONFIG, scope, origin, jax.random.key(0)))
     state = initial_state(trained, recipe)
     state = jax.device_put(state, placement.of_tree(state))
-    fixed = fixed_arrays(CONFIG, scope, origin, recipe.dtype, teaches=True)
+    fixed = fixed_arrays(scope, origin, recipe.dtype, taught_by=origin.weights)
     return state, placement.place(fixed), placement, recipe
 
 

@@ -13,7 +13,15 @@ from h1bjax.decoder import Decoder
 from h1bjax.model import random_projections
 from train.objective import losses
 from train.step import Recipe, initial_state, nearly_orthogonal, train_step
-from train.student import Origin, Scope, fixed_arrays, merged_weights, student, trained_arrays
+from train.student import (
+    Origin,
+    Scope,
+    fixed_arrays,
+    merged_weights,
+    student,
+    teacher,
+    trained_arrays,
+)
 
 pytestmark = pytest.mark.once
 
@@ -38,7 +46,7 @@ def recipe_of(scope, **changes):
 def begin(scope):
     origin = origin_of(scope.spec)
     trained = trained_arrays(CONFIG, scope, origin, jax.random.key(0))
-    return trained, fixed_arrays(CONFIG, scope, origin, "float32", teaches=True)
+    return trained, fixed_arrays(scope, origin, "float32", taught_by=origin.weights)
 
 
 def host(arrays):
@@ -160,6 +168,18 @@ def test_the_divergence_is_that_of_the_teacher_from_the_student():
     np.testing.assert_allclose(found.divergence, expected, rtol=1e-4)
     np.testing.assert_allclose(found.next_token, losses(one, WINDOWS).next_token, rtol=1e-6)
     assert losses(one, WINDOWS, teacher=one).divergence == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("scope", [Scope(LINEAR), Scope(LINEAR, "lora", 2)], ids=str)
+def test_the_teacher_is_the_model_before_training_or_another(scope):
+    origin, other = origin_of(LINEAR), random_parameters(CONFIG, 1)
+    for weights in (origin.weights, other):
+        fixed = fixed_arrays(scope, origin, "float32", taught_by=weights)
+        for name, array in teacher(CONFIG, fixed).parameters().items():
+            np.testing.assert_array_equal(array, weights[name], err_msg=name)
+        trained = trained_arrays(CONFIG, scope, origin, jax.random.key(0))
+        begun = merged_weights(CONFIG, scope, trained, fixed)
+        np.testing.assert_array_equal(begun["gate"], origin.weights["gate"])
 
 
 def test_the_teacher_gets_no_gradient():

@@ -40,10 +40,10 @@ def seconds_per_step(
     key = jax.random.key(0)
     codec, rotation = random_projections(config, spec, seed=0)
     origin = Origin(random_parameters(config, key), codec, rotation)
-    teaches = recipe.distillation > 0
-    fixed = fixed_arrays(config, recipe.scope, origin, recipe.dtype, teaches=teaches)
+    taught_by = origin.weights if recipe.distillation else None
+    fixed = fixed_arrays(recipe.scope, origin, recipe.dtype, taught_by=taught_by)
     state = initial_state(trained_arrays(config, recipe.scope, origin, key), recipe)
-    del origin
+    del origin, taught_by
     seconds = []
     for _ in range(repeats + 1):
         jax.block_until_ready(state)

@@ -38,10 +38,11 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
     job, recipe = plan.job, plan.job.recipe
     origin, scope, placement = plan.origin(), recipe.scope, plan.placement
     teaches = recipe.distillation > 0
-    fixed = placement.place(fixed_arrays(plan.config, scope, origin, recipe.dtype, teaches=teaches))
+    taught_by = plan.teacher_weights(origin) if teaches else None
+    fixed = placement.place(fixed_arrays(scope, origin, recipe.dtype, taught_by=taught_by))
     trained = placement.place(trained_arrays(plan.config, scope, origin, jax.random.key(job.seed)))
     # The first step consumes the arrays that train, which may be those of the origin.
-    del origin
+    del origin, taught_by
     shapes = jax.eval_shape(lambda: initial_state(trained, recipe))
     places = placement.of_tree(shapes)
     state = checkpoints.restore(shapes, places)

@@ -36,8 +36,10 @@ class Job:
         trained: what trains, see `Scope`.
         rank: of the changes that "lora" trains; None is 16 there.
         next_token: how much the loss on the next token counts.
-        distillation: how much the divergence from the model before training counts; None is 1
-            with a cache and 0 without.
+        distillation: how much the divergence from the teacher counts; None is 1 with a cache or
+            a `teacher`, and 0 without.
+        teacher: the folder or hub id of a model of the same shape and tokenizer, to be imitated
+            with exact attention; None is the model before training.
         batch: sequences in a step.
         context: tokens of a sequence; None takes the longest that the model is made for.
         microbatches: parts that a batch is computed in, one after the other.
@@ -66,6 +68,7 @@ class Job:
     rank: int | None = None
     next_token: float = 1.0
     distillation: float | None = None
+    teacher: str | None = None
     batch: int = 32
     context: int | None = None
     microbatches: int = 1
@@ -120,6 +123,11 @@ class Job:
             problems.append("random weights train as a whole, and without a cache")
         if self.model is None and self.distillation:
             problems.append("random weights have nothing to teach")
+        if self.teacher is not None and (self.model is None or self._distillation == 0):
+            problems.append(
+                "a teacher belongs to a model that begins from weights, and teaches by "
+                "a distillation above 0"
+            )
         if self.cache is None and self.trained in ("temperatures", "decoders"):
             problems.append(f"{self.trained} belong to a cache; name one")
         try:
@@ -160,7 +168,7 @@ class Job:
     def _distillation(self) -> float:
         if self.distillation is not None:
             return self.distillation
-        return 0.0 if self.cache in (None, "exact") else 1.0
+        return 0.0 if self.cache in (None, "exact") and self.teacher is None else 1.0
 
     @property
     def _codec_rate(self) -> float:

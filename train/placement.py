@@ -20,7 +20,7 @@ from h1bjax.sharding import (
     parameter_sharding,
     put,
 )
-from train.student import CODEC, IN, LORA, OUT, ROTATION, input_axes
+from train.student import CODEC, IN, LORA, OUT, ROTATION, TEACHER, input_axes
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Placement:
 
     def _axes(self, name: str) -> tuple[str | None, ...]:
         table = decoder_parameters(self.config)
+        name = name.removeprefix(TEACHER)
         if not name.startswith(LORA):
             info = table[name]
             return (None, *info.axes) if info.stacked else info.axes

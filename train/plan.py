@@ -3,6 +3,7 @@
 import hashlib
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from h1bjax.calibrate import Calibration
 from h1bjax.calibration_file import find_calibration, is_calibratable, needs_calibration
@@ -33,6 +35,7 @@ class Plan:
         job: the options.
         config: the model's.
         source: the folder that holds the tokenizer and, unless weights are random, the weights.
+        teacher: the folder of the teacher's weights; None for the model before training.
         tokenizer: the model's.
         end: the token that ends a document.
         context: tokens of a sequence.
@@ -43,6 +46,7 @@ class Plan:
     job: Job
     config: LlamaConfig
     source: Path
+    teacher: Path | None
     tokenizer: Tokenizer
     end: int
     context: int
@@ -80,13 +84,15 @@ class Plan:
         _check_cache(job, config, context)
         end, calibration = _end(config, tokenizer, source), _calibration(job, config, source)
         placement = Placement.create(config, job.mesh, job.batch // job.microbatches)
-        return cls(job, config, source, tokenizer, end, context, calibration, placement)
+        teacher = None if job.teacher is None else _teacher(job.teacher, config, source)
+        return cls(job, config, source, teacher, tokenizer, end, context, calibration, placement)
 
     def settings(self) -> dict[str, Any]:
         """What makes the job what it is: two jobs with the same settings are the same job."""
         return {
             "config": self.config.to_hf(),
             "begin": "random weights" if self.job.model is None else str(self.job.model),
+            "teacher": self.job.teacher,
             "calibration": _digest(self.calibration),
             "tokenizer": file_sha256(self.source / "tokenizer.json"),
             "text": [file_sha256(file) for file in self.job.text],
@@ -101,10 +107,36 @@ class Plan:
         if self.job.model is None:
             weights = random_parameters(self.config, jax.random.key(self.job.seed))
         else:
-            mesh = self.placement.mesh
-            rule = None if mesh is None else parameter_sharding(mesh, self.config)
-            weights = load_parameters(self.source, self.config, jnp.float32, rule)
+            weights = self._load(self.source)
         return Origin(weights, self.calibration.codec, self.calibration.rotation)
+
+    def teacher_weights(self, origin: Origin) -> Mapping[str, Array]:
+        """Those of the model that is imitated."""
+        return origin.weights if self.teacher is None else self._load(self.teacher)
+
+    def _load(self, folder: Path) -> dict[str, Array]:
+        mesh = self.placement.mesh
+        rule = None if mesh is None else parameter_sharding(mesh, self.config)
+        return load_parameters(folder, self.config, jnp.float32, rule)
+
+
+def _teacher(path_or_id: str, config: LlamaConfig, source: Path) -> Path:
+    """The folder of a teacher that suits the model in `source`."""
+    folder = resolve_model(path_or_id)
+    ours, theirs = asdict(config), asdict(LlamaConfig.from_hf(folder))
+    # What it was saved in does not matter, nor where its own texts begin and end.
+    unlike = [
+        f"{name} {theirs[name]} instead of {ours[name]}"
+        for name in ours
+        if theirs[name] != ours[name] and name not in ("dtype", "bos_token_id", "eos_token_ids")
+    ]
+    if unlike:
+        raise ValueError(
+            f"the teacher {path_or_id} is not of the model's shape: {', '.join(unlike)}"
+        )
+    if file_sha256(folder / "tokenizer.json") != file_sha256(source / "tokenizer.json"):
+        raise ValueError(f"the teacher {path_or_id} has another tokenizer than the model")
+    return folder
 
 
 def _check_cache(job: Job, config: LlamaConfig, context: int) -> None:

@@ -39,7 +39,7 @@ class Recipe:
         warmup: steps in which the learning rate rises to its peak.
         weight_decay: of matrices; norm weights and biases do not decay.
         next_token: how much the loss on the next token counts.
-        distillation: how much the divergence from the model before training counts.
+        distillation: how much the divergence from the teacher counts.
         microbatches: parts of a batch whose gradients are computed one after the other.
         dtype: of the arithmetic, "bfloat16" or "float32"; parameters and gradients are float32.
         remat: whether the backward pass computes again what is cheap, to need less memory.

@@ -2,7 +2,8 @@
 
 Both are flat dictionaries: weights go by the names of `decoder_parameters`, arrays of the key
 codec by `codec/` and the names of `CodecParameters`, low-rank changes of weights by `lora/` and
-the name of the weight. So one pytree of arrays is all that an optimizer and a checkpoint know.
+the name of the weight, a teacher's weights by `teacher/` and theirs. So one pytree of arrays is
+all that an optimizer and a checkpoint know.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from h1bjax.parameters import ParameterInfo, decoder_parameters
 Trained = Literal["temperatures", "decoders", "lora", "everything"]
 TRAINED: tuple[Trained, ...] = get_args(Trained)
 
-CODEC, LORA = "codec/", "lora/"
+CODEC, LORA, TEACHER = "codec/", "lora/", "teacher/"
 IN, OUT = "/in", "/out"
 ROTATION = "value_rotation"
 
@@ -134,22 +135,27 @@ def trained_arrays(
 
 
 def fixed_arrays(
-    config: LlamaConfig, scope: Scope, origin: Origin, dtype: str, *, teaches: bool
+    scope: Scope, origin: Origin, dtype: str, *, taught_by: Mapping[str, Array] | None = None
 ) -> dict[str, Array]:
     """What does not change.
 
     Args:
-        config: the model's.
         scope: what trains.
         origin: the model to begin from.
         dtype: of the arithmetic, in which weights are kept.
-        teaches: whether the model as it was before training is needed as the teacher.
+        taught_by: weights of the teacher, which may be those of `origin`; None without one.
     """
-    arrays: dict[str, Array] = {}
-    if scope.trained != "everything" or teaches:
+
+    def kept(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
         # Copies, because the first step consumes the arrays that train.
-        narrow = narrowed(origin.weights, dtype)
-        arrays |= {name: jnp.array(array) for name, array in narrow.items()}
+        narrow = narrowed(weights, dtype)
+        return {prefix + name: jnp.array(array) for name, array in narrow.items()}
+
+    arrays: dict[str, Array] = {}
+    if scope.trained != "everything":
+        arrays |= kept(origin.weights, "")
+    if taught_by is not None and (not arrays or taught_by is not origin.weights):
+        arrays |= kept(taught_by, TEACHER)
     arrays |= fixed_codec(scope, origin)
     return arrays if origin.rotation is None else arrays | {ROTATION: origin.rotation}
 
@@ -176,8 +182,13 @@ def student(
 
 
 def teacher(config: LlamaConfig, fixed: Mapping[str, Array]) -> Decoder:
-    """The model as it was before training, with exact attention."""
-    return Decoder(config, {name: fixed[name] for name in decoder_parameters(config)})
+    """The model that is imitated, with exact attention."""
+
+    def weight(name: str) -> Array:
+        own = TEACHER + name
+        return fixed[own] if own in fixed else fixed[name]
+
+    return Decoder(config, {name: weight(name) for name in decoder_parameters(config)})
 
 
 def merged_weights(

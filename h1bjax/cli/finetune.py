@@ -152,8 +152,13 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         "--distillation",
         type=float,
         metavar="W",
-        help="weight of the divergence from the model before training, with exact attention; "
-        "default: 1 with --cache, otherwise 0",
+        help="weight of the divergence from the teacher, which attends exactly; default: 1 with "
+        "--cache or --teacher, otherwise 0",
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="DIR_OR_ID",
+        help="a model of the same shape and tokenizer; default: the model before training",
     )
 
 
