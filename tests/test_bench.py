@@ -369,8 +369,15 @@ def test_bench_decode_refuses_before_it_measures(capfd, monkeypatch, arguments, 
 # decode steps on a mesh
 
 
-@pytest.mark.parametrize("sizes", ["batch=2,tensor=2", "sequence=2"])
-@pytest.mark.parametrize("preset", ["exact", "h1b-p32"])
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("exact", "batch=2,tensor=2"),
+        ("h1b-p32", "sequence=2"),
+        pytest.param("exact", "sequence=2", marks=pytest.mark.slow),
+        pytest.param("h1b-p32", "batch=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_drawn_lies_where_the_decoder_has_it(preset, sizes):
     mesh, spec = placement.mesh_of(sizes), CacheSpec.preset(preset)
     parameters = contents.random_parameters(TINY, jnp.float32, jax.random.key(0), mesh)
@@ -408,7 +415,9 @@ def test_devices_draw_for_themselves_and_alike_what_they_hold_alike():
     assert not re.findall(r"(?:all|collective)-\w+\(", compiled.as_text() or "")
 
 
-@pytest.mark.parametrize("sizes", ["batch=2,tensor=2", "sequence=2"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param("batch=2,tensor=2", marks=pytest.mark.slow), "sequence=2"]
+)
 def test_measuring_on_a_mesh_counts_all_of_its_devices(sizes):
     found = decode.measure(replace(CASE, mesh=sizes))
     tokens = 256  # a multiple of 128 on each of two devices

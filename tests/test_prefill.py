@@ -78,7 +78,7 @@ def test_outputs_are_the_dense_form(spec):
     "spec",
     specs(
         *("h1b", "h1b-2plane-v2", "kivi-2", "sinks-window"),
-        *("signs, period 32", "exact keys", "grouped values"),
+        *("linear, period 32, fitted", "exact keys", "grouped values"),
     ),
 )
 def test_the_cache_is_the_one_that_appending_leaves(spec):

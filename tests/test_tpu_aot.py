@@ -212,7 +212,7 @@ COPIED = {("small on four chips", "h1b-v3"), ("one KV head per chip", "h1b-v3")}
 PRESETS = ("h1b-signs", "h1b-paper", "h1b-2plane-v2", "h1b", "h1b-p32", "h1b-unscaled", "h1b-v3")
 QUICK_STEPS = [
     ("small on four chips", "h1b-paper", "v5p"),
-    ("Llama 3 8B, eight layers", "h1b-signs", "v5e"),
+    ("small", "h1b-signs", "v5e"),
     ("one KV head per chip", "h1b-unscaled", "v6e"),
 ]
 
