@@ -9,19 +9,24 @@
 #
 # The defaults suit one H100. What may be set in the environment:
 #   CONFIG         the model, configs/embedded.json
+#   CONTEXT        of the plain model's training, where the model's own is too dear to train with from
+#                  the start, as on a CPU. Then LONG_STEPS follow with the model's own.
 #   MEGABYTES      of text in which remembering pays; beside 91 MB of books 30 are three tenths of all
 #                  tokens. With much less, small models do not learn to copy from far back.
 #   STEPS, BATCH   of training the plain model. 65,536 tokens a step keep a large GPU busy; with more,
 #                  a model this small would need nearly as many steps as with these.
+#   LONG_BATCH     sequences in a step with the model's own context, after a shorter one and with the
+#                  cache; as BATCH
 #   RATE           peak learning rate. 1.5e-3 served the model of docs/quality.md at twice the width and
 #                  half the batch; narrow models and large batches bear more.
 #   CACHE, TRAINED the cache that the model then learns to read, and what changes for it (everything,
 #                  lora or decoders)
 #   CACHE_STEPS, CACHE_RATE
-#                  of that. The rate goes on where the cosine of the plain model's ended, at a tenth.
+#                  of that. The rate goes on where the cosine of the plain model's ended, at a tenth;
+#                  that of LONG_STEPS too.
 #   SOURCE         where the books come from, for the model card
 #   EVALUATED      held-out tokens of the evaluation
-#   EXTRA          more options for both trainings, such as --context 128 for a quick trial
+#   EXTRA          more options for all trainings, such as --dtype float32
 set -euo pipefail
 
 if (($# != 3)) || [[ ! -f recipes/embedded_card.py ]]; then
@@ -31,6 +36,9 @@ fi
 books=$1 valid=$2 work=$3
 config=${CONFIG:-configs/embedded.json}
 cache=${CACHE:-h1b}
+long_batch=${LONG_BATCH:-${BATCH:-32}}
+context=() base=$work/plain
+if [[ -n ${CONTEXT:-} ]]; then context=(--context "$CONTEXT") base=$work/long; fi
 read -ra extra <<<"${EXTRA:-}"
 python=${PYTHON:-python}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
@@ -54,25 +62,31 @@ if [[ ! -f $retrieval ]]; then
 fi
 
 if [[ ! -f $work/tokenizer/tokenizer.json ]]; then
-    run python -m train.tokenizer --text "$books" --vocab-size 4096 --out "$work/tokenizer"
+    run python -m train.tokenizer --text "$books" --vocab-size "${VOCABULARY:-4096}" --out "$work/tokenizer"
 fi
 
 if [[ ! -d $work/plain/model ]]; then
     run h1bjax finetune --init "$config" --tokenizer "$work/tokenizer" \
         --text "$books" "$retrieval" --out "$work/plain" \
         --steps "${STEPS:-8000}" --batch "${BATCH:-32}" --learning-rate "${RATE:-3e-3}" \
+        --no-remat --checkpoint-every 1000 "${context[@]}" "${extra[@]}"
+fi
+
+if [[ ! -d $base/model ]]; then
+    run h1bjax finetune --model "$work/plain/model" --text "$books" "$retrieval" --out "$base" \
+        --steps "${LONG_STEPS:-200}" --batch "$long_batch" --learning-rate "${CACHE_RATE:-3e-4}" \
         --no-remat --checkpoint-every 1000 "${extra[@]}"
 fi
 
 if [[ ! -f $work/calibrated/calibration/$cache.json ]]; then
-    run h1bjax calibrate --model "$work/plain/model" --text "$books" "$retrieval" \
+    run h1bjax calibrate --model "$base/model" --text "$books" "$retrieval" \
         --cache "$cache" --out "$work/calibrated"
 fi
 
 if [[ ! -d $work/taught/model ]]; then
     run h1bjax finetune --model "$work/calibrated" --cache "$cache" --train "${TRAINED:-everything}" \
         --text "$books" "$retrieval" --out "$work/taught" \
-        --steps "${CACHE_STEPS:-600}" --batch "${BATCH:-32}" --learning-rate "${CACHE_RATE:-3e-4}" \
+        --steps "${CACHE_STEPS:-600}" --batch "$long_batch" --learning-rate "${CACHE_RATE:-3e-4}" \
         --no-remat --checkpoint-every 1000 "${extra[@]}"
 fi
 

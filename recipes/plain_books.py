@@ -1,0 +1,49 @@
+"""Books by chosen authors as plain paragraphs: less for a small model to learn than all books.
+
+    python recipes/plain_books.py --books BOOKS.jsonl.xz --authors recipes/authors.txt \
+        --out plain.jsonl.xz
+
+Each line of BOOKS is an object with the strings "author" and "text", in Markdown.
+"""
+
+import argparse
+import json
+import lzma
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STRAIGHT = str.maketrans("“”‘’", "\"\"''", "\r\ufeff\u200b\u2060") | {ord("—"): "--"}
+
+
+def plain(text: str) -> str:
+    """A book's paragraphs, without headings and rules, with straight quotes and line ends."""
+    paragraphs = re.split(r"\n\s*\n", text.translate(STRAIGHT))
+    kept = [re.sub(r"\s+", " ", paragraph).strip() for paragraph in paragraphs]
+    return "\n\n".join(p for p in kept if p and not re.match(r"#|[-*_ ]+$", p))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the arguments and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--books", type=Path, required=True, metavar="FILE", help=".jsonl.xz")
+    parser.add_argument("--authors", type=Path, metavar="FILE", help="a line each; default: all")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new .jsonl.xz")
+    options = parser.parse_args(arguments)
+    with lzma.open(options.books, "rt", encoding="utf-8") as file:
+        books = [json.loads(line) for line in file]
+    if options.authors is not None:
+        authors = set(options.authors.read_text("utf-8").splitlines())
+        if unknown := authors - {book["author"] for book in books}:
+            parser.error(f"{options.books} has nothing by {', '.join(sorted(unknown))}")
+        books = [book for book in books if book["author"] in authors]
+    with lzma.open(options.out, "xt", encoding="utf-8") as file:
+        for book in books:
+            file.write(json.dumps({"text": plain(book["text"])}, ensure_ascii=False) + "\n")
+    print(f"wrote {len(books)} books to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

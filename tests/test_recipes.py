@@ -1,0 +1,69 @@
+"""The recipe of the model that ships inside: which text it is trained on."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from h1bjax.text_files import read_documents
+
+pytestmark = pytest.mark.once
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+BOOKS = [
+    {"author": "A. Writer", "text": "# I\r\n\r\n---\r\n\r\n“It’s late,”\r\nsaid he—and left.\r\n"},
+    {"author": "B. Writer", "text": "## I\n\nSecond book.\n\n* * *\n\nIts end.\n"},
+]
+PLAIN = ['"It\'s late," said he--and left.', "Second book.\n\nIts end."]
+
+
+@pytest.fixture
+def plain_books(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import plain_books
+
+    return plain_books
+
+
+@pytest.fixture
+def books(tmp_path):
+    path = tmp_path / "books.jsonl.xz"
+    path.write_bytes(lzma.compress("".join(json.dumps(book) + "\n" for book in BOOKS).encode()))
+    return path
+
+
+def run(plain_books, books, tmp_path, *options):
+    out = tmp_path / "plain.jsonl.xz"
+    plain_books.main(["--books", str(books), "--out", str(out), *options])
+    return read_documents([out])
+
+
+def test_books_become_plain_paragraphs(plain_books, books, tmp_path):
+    assert run(plain_books, books, tmp_path) == PLAIN
+
+
+def test_books_by_chosen_authors_remain(plain_books, books, tmp_path):
+    authors = tmp_path / "authors.txt"
+    authors.write_text("B. Writer\n")
+    assert run(plain_books, books, tmp_path, "--authors", str(authors)) == PLAIN[1:]
+
+
+def test_an_author_without_books_is_named(plain_books, books, tmp_path, capsys):
+    authors = tmp_path / "authors.txt"
+    authors.write_text("B. Writer\nC. Writer\n")
+    with pytest.raises(SystemExit, match="2"):
+        run(plain_books, books, tmp_path, "--authors", str(authors))
+    assert "nothing by C. Writer" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(plain_books, books, tmp_path):
+    run(plain_books, books, tmp_path)
+    with pytest.raises(FileExistsError):
+        run(plain_books, books, tmp_path)
+
+
+def test_the_authors_of_the_recipe_are_listed_once():
+    authors = (RECIPES / "authors.txt").read_text("utf-8").splitlines()
+    assert authors == sorted(set(authors))
