@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from pallas_kernels.choice import HOPPER
+from pallas_kernels.choice import AMPERE, HOPPER
 from pallas_kernels.device import cuda_capability
 
 Implementation = Literal["cudnn", "xla"]
@@ -30,6 +30,9 @@ def choose_implementation(dtype: DTypeLike, channels: int) -> Choice:
     capability = cuda_capability()
     if capability is None:
         return Choice("xla", "the default device is no NVIDIA GPU")
+    if capability < AMPERE:
+        older = "{}.{}".format(*capability)
+        return Choice("xla", f"cuDNN's attention needs compute capability 8.0, not {older}")
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return Choice("xla", f"cuDNN's attention takes 16-bit floats, not {jnp.dtype(dtype)}")
     widest = 256 if capability >= HOPPER else 128

@@ -59,6 +59,7 @@ def test_says_why_there_is_no_cudnn_on_a_cpu():
         ("10.3", "float16", 256, "cudnn", "16-bit"),
         ("8.0", "bfloat16", 128, "cudnn", "16-bit"),
         ("8.0", "bfloat16", 256, "xla", "up to 128 .* not 256"),
+        ("7.5", "float16", 64, "xla", "capability 8.0, not 7.5"),
         ("9.0", "bfloat16", 12, "xla", "multiples of 8"),
         ("9.0", "float32", 128, "xla", "not float32"),
         ("gfx90a", "bfloat16", 128, "xla", "no NVIDIA GPU"),
