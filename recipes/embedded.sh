@@ -4,8 +4,10 @@
 #     recipes/embedded.sh BOOKS VALID WORK
 #
 # BOOKS and VALID are .txt or .jsonl files, also compressed: text to train on, and held-out text. Run it
-# in the repository's root; it needs h1bjax[train]. Whatever WORK holds already is not made again and
-# interrupted training goes on, so the same command continues a run that was cut off.
+# in the repository's root; it needs h1bjax[train]. BOOKS may be what recipes/plain_books.py writes,
+# plain paragraphs by the authors in recipes/authors.txt, which are easier for so small a model. Whatever
+# WORK holds already is not made again and interrupted training goes on, so the same command continues
+# a run that was cut off.
 #
 # The defaults suit one H100. What may be set in the environment:
 #   CONFIG         the model, configs/embedded.json
@@ -36,6 +38,8 @@ fi
 books=$1 valid=$2 work=$3
 config=${CONFIG:-configs/embedded.json}
 cache=${CACHE:-h1b}
+vocabulary=$(command "${PYTHON:-python}" -c 'import json, sys
+print(json.load(open(sys.argv[1]))["vocab_size"])' "$config")
 long_batch=${LONG_BATCH:-${BATCH:-32}}
 context=() base=$work/plain
 if [[ -n ${CONTEXT:-} ]]; then context=(--context "$CONTEXT") base=$work/long; fi
@@ -62,7 +66,7 @@ if [[ ! -f $retrieval ]]; then
 fi
 
 if [[ ! -f $work/tokenizer/tokenizer.json ]]; then
-    run python -m train.tokenizer --text "$books" --vocab-size "${VOCABULARY:-4096}" --out "$work/tokenizer"
+    run python -m train.tokenizer --text "$books" --vocab-size "$vocabulary" --out "$work/tokenizer"
 fi
 
 if [[ ! -d $work/plain/model ]]; then

@@ -105,9 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     work: Path = options.work
-    plain, taught = JobFolder(work / "plain"), JobFolder(work / "taught")
+    taught = JobFolder(work / "taught")
+    jobs = {"plain": JobFolder(work / "plain"), "plain, whole context": JobFolder(work / "long")}
+    # Not every model was trained with shorter contexts first.
+    jobs = {name: job for name, job in jobs.items() if job.record.is_file()} | {
+        options.cache: taught
+    }
     texts = [options.books, work / "retrieval.jsonl.xz"]
-    for job in (plain, taught):
+    for job in jobs.values():
         if _settings(job)["text"] != [file_sha256(text) for text in texts]:
             raise ValueError(f"{job.path} was not trained on {', '.join(map(str, texts))}")
     tasks, rows = None, []
@@ -126,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _quality(rows, tasks),
             _sample(model),
             _data(texts, options.source),
-            _training({"plain": plain, options.cache: taught}),
+            _training(jobs),
             _commands(work),
             LIMITS,
         ]

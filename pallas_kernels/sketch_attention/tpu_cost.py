@@ -239,7 +239,7 @@ def page(costs: dict[str, dict[str, Cost]]) -> str:
 
 _INTRODUCTION = f"""# What the TPU kernel costs: a static estimate
 
-No TPU was at hand. These figures are read off the schedules that libtpu {{version}} compiles ahead
+These figures are read off the schedules that libtpu {{version}} compiles ahead
 of time for real chips; nothing here was measured. `python -m
 pallas_kernels.sketch_attention.tpu_cost` prints this page.
 
@@ -289,8 +289,8 @@ for each of its blocks; it is worth its time where memory counts for more.
   saves 6 bundles of the first row on both.
 - Weights are scaled to whole numbers by a bound of the largest, found together with the largest
   logit, not by the largest itself: 6 bundles less on v5e, 2 on v6e.
-- Blocks are long: with 16384 tokens times heads in a grid step, half of today's, the first row
-  takes 105 bundles on v5e and 99 on v6e. Beyond today's, too much is fetched for short rows.
+- Blocks are long: with 16384 tokens times heads in a grid step, half of the default, the first row
+  takes 105 bundles on v5e and 99 on v6e. Beyond the default, too much is fetched for short rows.
 """
 
 
