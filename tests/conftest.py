@@ -14,6 +14,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Several processes test on one GPU, so none may take most of its memory at its start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Virtual devices, over which tests of sharding divide arrays.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
