@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from h1bjax.config import DTYPES, LlamaConfig
+from h1bjax.embedded import embedded_model
 from h1bjax.parameters import ParameterInfo, decoder_parameters
 
 ShardingRule = Callable[[tuple[str | None, ...]], Sharding]
@@ -47,13 +48,14 @@ SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def resolve_model(path_or_id: str | PathLike[str], *, config_only: bool = False) -> Path:
+def resolve_model(path_or_id: str | PathLike[str] | None, *, config_only: bool = False) -> Path:
     """Finds the folder of a model, downloading it from the Hugging Face hub where needed.
 
     Only configuration, tokenizer and safetensors files are downloaded; pickle files never are.
 
     Args:
         path_or_id: an existing folder (no network is touched), or a hub id such as "org/name".
+            None is the model that ships inside the package.
         config_only: whether the two files that `LlamaConfig.from_hf` reads are enough.
 
     Returns:
@@ -64,6 +66,8 @@ def resolve_model(path_or_id: str | PathLike[str], *, config_only: bool = False)
             deliver it.
         ValueError: it is a file.
     """
+    if path_or_id is None:
+        return embedded_model()
     name, folder = str(path_or_id), Path(path_or_id)
     if name and folder.is_dir():
         return folder

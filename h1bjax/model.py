@@ -47,7 +47,7 @@ from h1bjax.tokenizer import Tokenizer
 
 
 def load(
-    path_or_id: str | PathLike[str],
+    path_or_id: str | PathLike[str] | None = None,
     *,
     cache: str | CacheSpec = "h1b",
     dtype: DTypeLike | None = None,
@@ -61,7 +61,8 @@ def load(
     same bytes that can, with a warning.
 
     Args:
-        path_or_id: a folder in Hugging Face layout, or a hub id.
+        path_or_id: a folder in Hugging Face layout, or a hub id; by default the small model that
+            ships inside the package.
         cache: a preset's name or a spec of your own.
         dtype: of weights and computation; by default the checkpoint's.
         seed: of the random projections that an uncalibrated cache uses.
@@ -127,14 +128,13 @@ def _stand_in(spec: CacheSpec) -> CacheSpec | None:
     return PRESETS[UNCALIBRATED[spec.name]]
 
 
-def _advice(spec: CacheSpec, path_or_id: str | PathLike[str], folder: Path) -> str:
+def _advice(spec: CacheSpec, path_or_id: str | PathLike[str] | None, folder: Path) -> str:
     """How to calibrate."""
     advice = "h1bjax.calibrate.calibrate makes one for a spec of your own"
     if PRESETS.get(spec.name) == spec:
-        model = shlex.quote(str(path_or_id))
+        model = "" if path_or_id is None else f"--model {shlex.quote(str(path_or_id))} "
         advice = (
-            f"calibrate it with: h1bjax calibrate --model {model} --text FILE --cache {spec.name} "
-            "--out DIR"
+            f"calibrate it with: h1bjax calibrate {model}--text FILE --cache {spec.name} --out DIR"
         )
     if names := calibrated_names(folder):
         advice += f" (there are calibrations for {', '.join(names)})"

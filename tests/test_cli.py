@@ -327,7 +327,7 @@ def command(name, folder):
         ([], "required: COMMAND; see h1bjax --help"),
         (["generat"], "invalid choice: 'generat'"),
         (["eval"], "required: MEASURE; see h1bjax eval --help"),
-        (["generate"], "required: --model, --prompt; see h1bjax generate --help"),
+        (["generate"], "required: --prompt; see h1bjax generate --help"),
         (["generate", "--model", "m", "--prompt", "p", "--bogus"], "unrecognized .*--bogus"),
         (["generate", "--model", "m", "--pro", "p"], "--prompt"),
         (["generate", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),

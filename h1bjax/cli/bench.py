@@ -75,11 +75,12 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_mutually_exclusive_group(required=True)
+    model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--model",
         metavar="DIR_OR_ID",
-        help="a folder in Hugging Face layout, or a hub id, of which only config.json is read",
+        help="a folder in Hugging Face layout, or a hub id, of which only config.json is read; by "
+        "default the small model that ships with h1bjax",
     )
     model.add_argument("--shape", metavar="NAME", help="such as llama-3-8b or llama-3.2-1b")
     parser.add_argument(
@@ -200,7 +201,7 @@ def _case(options: argparse.Namespace) -> Case:
 
 
 def _config(options: argparse.Namespace) -> LlamaConfig:
-    if options.model is not None:
+    if options.shape is None:
         from h1bjax.checkpoint import resolve_model
         from h1bjax.config import LlamaConfig
 
@@ -249,8 +250,9 @@ def _print_head(options: argparse.Namespace, case: Case, unit: str) -> None:
         chosen = {name: value for name, value in vars(options).items() if name != "run"}
         print_json({"settings": chosen, "config": config.to_hf()})
         return
+    name = options.shape or options.model or "the model that ships with h1bjax"
     print(
-        f"{options.shape or options.model}, {options.dtype}: {config.num_layers} layers, "
+        f"{name}, {options.dtype}: {config.num_layers} layers, "
         f"{config.num_heads} heads, {config.num_kv_heads} KV heads of {config.head_dim} channels; "
         f"{options.context} tokens\n"
     )

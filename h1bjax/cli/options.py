@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, which must be given."""
+    """Adds --model; None stands for the model that ships inside the package."""
     parser.add_argument(
         "--model",
-        required=True,
         metavar="DIR_OR_ID",
-        help="a folder in Hugging Face layout, or a hub id",
+        help="a folder in Hugging Face layout, or a hub id; by default the small model that ships "
+        "with h1bjax",
     )
 
 
