@@ -63,7 +63,7 @@ RARE = {
     *("h1b-v2", "h1b-v3", "h1b-p32", "h1b-p32-v2", "h1b-256-v2", "h1b-unscaled-p32"),
     *("h1b-signs", "h1b-signs-v2", "h1b-signs-v3", "h1b-2plane", "h1b-unscaled", "kivi-4"),
     *("linear", "linear, period 128", "signs, fitted", "256 bits", "paper, fitted"),
-    *("h1b-64-p32-v2", "linear, period 64", "signs, period 32"),
+    *("h1b-64-p32-v2", "linear, period 64", "signs, period 32", "64 bits", "no sinks"),
 }
 """Combinations of what the other specs have one by one."""
 

@@ -372,7 +372,7 @@ def test_bench_decode_refuses_before_it_measures(capfd, monkeypatch, arguments, 
 @pytest.mark.parametrize(
     ("preset", "sizes"),
     [
-        ("exact", "batch=2,tensor=2"),
+        pytest.param("exact", "batch=2,tensor=2", marks=pytest.mark.slow),
         ("h1b-p32", "sequence=2"),
         pytest.param("exact", "sequence=2", marks=pytest.mark.slow),
         pytest.param("h1b-p32", "batch=2,tensor=2", marks=pytest.mark.slow),

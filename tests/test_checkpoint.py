@@ -27,6 +27,8 @@ from h1bjax.checkpoint import load_parameters, resolve_model, save_pretrained
 from h1bjax.config import LlamaConfig
 from h1bjax.parameters import decoder_parameters
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 REPOSITORY = Path(__file__).parents[1]

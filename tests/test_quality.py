@@ -158,6 +158,7 @@ def test_its_numbers_are_those_of_the_library(quality, arguments, toy_folder, ca
     assert capsys.readouterr().out == markdown(results) + "\n"
 
 
+@pytest.mark.slow
 def test_one_compiled_function_serves_all_texts_and_calibrations(quality, arguments, monkeypatch):
     traced, logits = [], Decoder.logits
 

@@ -105,6 +105,7 @@ def test_each_device_holds_its_part_of_the_cache_and_the_weights():
         assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // count}
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_in_the_same_cache():
     turns = [PROMPTS, [[7] * 40, [8] * 200, [9]]]
     alone, spread = model("h1b"), model("h1b", mesh_of(2, 2, 2))
@@ -123,6 +124,7 @@ def test_a_cache_of_more_rows_than_prompts_is_refused():
         spread.generate([[5]], max_new_tokens=2, cache=held)
 
 
+@pytest.mark.slow
 def test_a_stream_has_only_the_rows_that_were_asked_for():
     steps = list(model("exact", mesh_of(2, 1, 1)).stream([[5, 6, 7]], max_new_tokens=3))
     assert [len(step.tokens) for step in steps] == [1, 1, 1]
