@@ -407,6 +407,7 @@ def test_results_without_the_exact_cache_cannot_be_compared(benchmarks):
         rows({"presets": PRESETS[1:]}, calibrated=True)
 
 
+@pytest.mark.slow
 def test_the_picture_names_every_preset_without_overlaps(benchmarks, tmp_path):
     import quality_plot
 

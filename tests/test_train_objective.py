@@ -106,6 +106,7 @@ def test_remat_changes_no_gradient():
         np.testing.assert_allclose(gradient, kept[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_bfloat16_arithmetic_gives_float32_gradients_of_the_same_direction():
     exact = of_random_windows(our_nats)[1]
     narrow = of_random_windows(our_nats, dtype="bfloat16")[1]
