@@ -38,13 +38,13 @@ fi
 books=$1 valid=$2 work=$3
 config=${CONFIG:-configs/embedded.json}
 cache=${CACHE:-h1b}
-vocabulary=$(command "${PYTHON:-python}" -c 'import json, sys
-print(json.load(open(sys.argv[1]))["vocab_size"])' "$config")
 long_batch=${LONG_BATCH:-${BATCH:-32}}
 context=() base=$work/plain
 if [[ -n ${CONTEXT:-} ]]; then context=(--context "$CONTEXT") base=$work/long; fi
 read -ra extra <<<"${EXTRA:-}"
 python=${PYTHON:-python}
+vocabulary=$("$python" -c 'import json, sys
+print(json.load(open(sys.argv[1]))["vocab_size"])' "$config")
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$work"
 
