@@ -4,10 +4,9 @@
 #     recipes/embedded.sh BOOKS VALID WORK
 #
 # BOOKS and VALID are .txt or .jsonl files, also compressed: text to train on, and held-out text. Run it
-# in the repository's root; it needs h1bjax[train]. BOOKS may be what recipes/plain_books.py writes,
-# plain paragraphs by the authors in recipes/authors.txt, which are easier for so small a model. Whatever
-# WORK holds already is not made again and interrupted training goes on, so the same command continues
-# a run that was cut off.
+# in the repository's root; it needs h1bjax[train]. BOOKS may be what recipes/plain_books.py writes, which
+# is easier for so small a model. Whatever WORK holds already is not made again and interrupted training
+# goes on, so the same command continues a run that was cut off.
 #
 # The defaults suit one H100. What may be set in the environment:
 #   CONFIG         the model, configs/embedded.json
@@ -72,7 +71,7 @@ fi
 if [[ ! -d $work/plain/model ]]; then
     run h1bjax finetune --init "$config" --tokenizer "$work/tokenizer" \
         --text "$books" "$retrieval" --out "$work/plain" \
-        --steps "${STEPS:-8000}" --batch "${BATCH:-32}" --learning-rate "${RATE:-3e-3}" \
+        --steps "${STEPS:-5000}" --batch "${BATCH:-32}" --learning-rate "${RATE:-3e-3}" \
         --no-remat --checkpoint-every 1000 "${context[@]}" "${extra[@]}"
 fi
 
@@ -90,7 +89,7 @@ fi
 if [[ ! -d $work/taught/model ]]; then
     run h1bjax finetune --model "$work/calibrated" --cache "$cache" --train "${TRAINED:-everything}" \
         --text "$books" "$retrieval" --out "$work/taught" \
-        --steps "${CACHE_STEPS:-600}" --batch "$long_batch" --learning-rate "${CACHE_RATE:-3e-4}" \
+        --steps "${CACHE_STEPS:-400}" --batch "$long_batch" --learning-rate "${CACHE_RATE:-3e-4}" \
         --no-remat --checkpoint-every 1000 "${extra[@]}"
 fi
 

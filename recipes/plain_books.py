@@ -1,9 +1,8 @@
-"""Books by chosen authors as plain paragraphs: less for a small model to learn than all books.
+"""Books as plain paragraphs: less for a small model to learn than Markdown.
 
-    python recipes/plain_books.py --books BOOKS.jsonl.xz --authors recipes/authors.txt \
-        --out plain.jsonl.xz
+    python recipes/plain_books.py --books BOOKS.jsonl.xz --out plain.jsonl.xz
 
-Each line of BOOKS is an object with the strings "author" and "text", in Markdown.
+Each line of BOOKS is an object with the string "text", in Markdown.
 """
 
 import argparse
@@ -28,19 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--books", type=Path, required=True, metavar="FILE", help=".jsonl.xz")
-    parser.add_argument("--authors", type=Path, metavar="FILE", help="a line each; default: all")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new .jsonl.xz")
     options = parser.parse_args(arguments)
     with lzma.open(options.books, "rt", encoding="utf-8") as file:
-        books = [json.loads(line) for line in file]
-    if options.authors is not None:
-        authors = set(options.authors.read_text("utf-8").splitlines())
-        if unknown := authors - {book["author"] for book in books}:
-            parser.error(f"{options.books} has nothing by {', '.join(sorted(unknown))}")
-        books = [book for book in books if book["author"] in authors]
+        books = [json.loads(line)["text"] for line in file]
     with lzma.open(options.out, "xt", encoding="utf-8") as file:
         for book in books:
-            file.write(json.dumps({"text": plain(book["text"])}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"text": plain(book)}, ensure_ascii=False) + "\n")
     print(f"wrote {len(books)} books to {options.out}")
     return 0
 

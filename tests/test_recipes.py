@@ -13,8 +13,8 @@ pytestmark = pytest.mark.once
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 BOOKS = [
-    {"author": "A. Writer", "text": "# I\r\n\r\n---\r\n\r\n“It’s late,”\r\nsaid he—and left.\r\n"},
-    {"author": "B. Writer", "text": "## I\n\nSecond book.\n\n* * *\n\nIts end.\n"},
+    {"text": "# I\r\n\r\n---\r\n\r\n“It’s late,”\r\nsaid he—and left.\r\n"},
+    {"text": "## I\n\nSecond book.\n\n* * *\n\nIts end.\n"},
 ]
 PLAIN = ['"It\'s late," said he--and left.', "Second book.\n\nIts end."]
 
@@ -34,9 +34,9 @@ def books(tmp_path):
     return path
 
 
-def run(plain_books, books, tmp_path, *options):
+def run(plain_books, books, tmp_path):
     out = tmp_path / "plain.jsonl.xz"
-    plain_books.main(["--books", str(books), "--out", str(out), *options])
+    plain_books.main(["--books", str(books), "--out", str(out)])
     return read_documents([out])
 
 
@@ -44,26 +44,7 @@ def test_books_become_plain_paragraphs(plain_books, books, tmp_path):
     assert run(plain_books, books, tmp_path) == PLAIN
 
 
-def test_books_by_chosen_authors_remain(plain_books, books, tmp_path):
-    authors = tmp_path / "authors.txt"
-    authors.write_text("B. Writer\n")
-    assert run(plain_books, books, tmp_path, "--authors", str(authors)) == PLAIN[1:]
-
-
-def test_an_author_without_books_is_named(plain_books, books, tmp_path, capsys):
-    authors = tmp_path / "authors.txt"
-    authors.write_text("B. Writer\nC. Writer\n")
-    with pytest.raises(SystemExit, match="2"):
-        run(plain_books, books, tmp_path, "--authors", str(authors))
-    assert "nothing by C. Writer" in capsys.readouterr().err
-
-
 def test_nothing_is_overwritten(plain_books, books, tmp_path):
     run(plain_books, books, tmp_path)
     with pytest.raises(FileExistsError):
         run(plain_books, books, tmp_path)
-
-
-def test_the_authors_of_the_recipe_are_listed_once():
-    authors = (RECIPES / "authors.txt").read_text("utf-8").splitlines()
-    assert authors == sorted(set(authors))
