@@ -10,13 +10,14 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from h1bjax.cache import KVCache, choose_prefill
 from h1bjax.compile import jit_decoding
 from h1bjax.decoder import Decoder
 from h1bjax.sampling import Sampling, row_keys, sample
-from h1bjax.sharding import to_host
+from h1bjax.sharding import place_rows, to_host
 from h1bjax.stopping import StopStrings
 
 PREFILL_CHUNK = 1024
@@ -82,7 +83,9 @@ class DecodeState:
         logits: Float[Array, "batch vocab"],
         stop_strings: StopStrings,
         max_new_tokens: int,
+        *,
         rows: int | None = None,
+        mesh: Mesh | None = None,
     ) -> Self:
         """The state after prefill, with room for `max_new_tokens`.
 
@@ -90,16 +93,16 @@ class DecodeState:
         """
         batch = logits.shape[0]
         shape = (batch, bucket_size(max_new_tokens))
-        return cls(
-            cache=cache,
-            logits=logits,
-            tokens=jnp.full(shape, -1, jnp.int32),
-            logprobs=jnp.zeros(shape, jnp.float32),
-            text_state=stop_strings.initial(batch),
-            done=jnp.arange(batch) >= (batch if rows is None else rows),
-            failed=jnp.zeros(batch, bool),
-            step=jnp.int32(0),
-        )
+        fresh = {
+            "tokens": jnp.full(shape, -1, jnp.int32),
+            "logprobs": jnp.zeros(shape, jnp.float32),
+            "text_state": stop_strings.initial(batch),
+            "done": jnp.arange(batch) >= (batch if rows is None else rows),
+            "failed": jnp.zeros(batch, bool),
+            "step": jnp.int32(0),
+        }
+        # As later states lie, for which nothing is compiled again.
+        return cls(cache=cache, logits=logits, **place_rows(mesh, fresh))
 
 
 def bucket_size(length: int) -> int:

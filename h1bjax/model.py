@@ -236,10 +236,8 @@ class Model:
             exact_prefill=exact_prefill,
         )
         encoded, state, control = self._start(prompts, options)
-        # Decoding no steps compiles, so that the clock sees only decoding. On a mesh the state that
-        # comes back lies otherwise than the first, which compiles once more.
-        for _ in range(2):
-            state = decode(self.decoder, state, replace(control, limit=jnp.int32(0)))
+        # Decoding no steps compiles, so that the clock sees only decoding.
+        state = decode(self.decoder, state, replace(control, limit=jnp.int32(0)))
         jax.block_until_ready(state)
         begin = time.perf_counter()
         state = decode(self.decoder, state, control)
@@ -331,7 +329,12 @@ class Model:
         idle: list[list[int]] = [[]] * (cache.batch - len(encoded))
         logits, cache = prefill(self.decoder, encoded + idle, cache, exact=options.exact_prefill)
         state = DecodeState.start(
-            cache, logits, control.stop_strings, options.max_new_tokens, rows=len(encoded)
+            cache,
+            logits,
+            control.stop_strings,
+            options.max_new_tokens,
+            rows=len(encoded),
+            mesh=self.decoder.mesh,
         )
         return encoded, state, control
 

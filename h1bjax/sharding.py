@@ -108,9 +108,21 @@ def parameter_sharding(mesh: Mesh, config: LlamaConfig) -> ShardingRule:
         return None
 
     def rule(axes: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*map(divided, axes)))
+        return _placement(mesh, [divided(axis) for axis in axes])
 
     return rule
+
+
+def _placement(mesh: Mesh, axes: Sequence[tuple[str, ...] | None]) -> NamedSharding:
+    """Where an array lies whose axes are divided over these of the mesh's, in XLA's own words.
+
+    It names no axis of size 1, and no None last. What a jitted function returned lies so; were its
+    argument said to lie there in other words, it would be compiled again.
+    """
+    named = [tuple(name for name in names or () if mesh.shape[name] > 1) or None for names in axes]
+    while named and named[-1] is None:
+        named.pop()
+    return NamedSharding(mesh, PartitionSpec(*named))
 
 
 def put(array: Array | np.ndarray, where: Sharding) -> Array:
@@ -128,6 +140,13 @@ def place_by_heads(mesh: Mesh | None, stacked: _Tree) -> _Tree:
         return stacked
     place = NamedSharding(mesh, PartitionSpec(None, TENSOR))
     return jax.tree.map(lambda array: put(array, place), stacked)
+
+
+def place_rows(mesh: Mesh | None, tree: _Tree) -> _Tree:
+    """Arrays `[batch, ...]` divided by rows, and scalars everywhere; as they are without a mesh."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda array: put(array, _placement(mesh, [(BATCH,)][: array.ndim])), tree)
 
 
 def spread_rows(mesh: Mesh | None, x: Array) -> Array:
