@@ -16,6 +16,15 @@ Implementation = Literal["xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 HOPPER = (9, 0)
 AMPERE = (8, 0)
 
+
+def has_large_blocks(capability: tuple[int, int]) -> bool:
+    """Whether a block of threads may have the 227 KiB of shared memory that Mosaic's kernels need.
+
+    So it is on Hopper and on Blackwell for data centres, and not on Blackwell's other chips, 12.x.
+    """
+    return capability[0] in (9, 10)
+
+
 _log = logging.getLogger(__name__)
 
 
@@ -107,4 +116,4 @@ def _kind_of_kernels() -> Choice:
     name = f"compute capability {capability[0]}.{capability[1]}"
     if capability < AMPERE:
         return Choice("xla", f"{name} is below {AMPERE[0]}.{AMPERE[1]}")
-    return Choice("mosaic_gpu" if capability >= HOPPER else "triton", name)
+    return Choice("mosaic_gpu" if has_large_blocks(capability) else "triton", name)

@@ -1,5 +1,6 @@
 """What every implementation of sketch attention is tested on, and the answers in float64."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pallas_kernels.sketch_attention import BlockRope, PackedKeys, PackedValues, SketchQuery
+from pallas_kernels.sketch_attention.arguments import PreparedTransform
+from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
 
 HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128, 256)
 
@@ -41,6 +44,10 @@ class SketchCase:
     """Whether some values have scales a thousand times larger than others."""
     opposed: bool = False
     """Whether keys point away from the first query of each KV head: its logits are far below 0."""
+    weighted: bool = False
+    """Whether bits count for powers of two, as those of a transform code do."""
+    as_decoded: bool = False
+    """Whether transforms are prepared and the factor is a constant, as in a decoder's steps."""
     seed: int = 0
 
 
@@ -118,6 +125,12 @@ KERNEL_CASES = {
     "2-bit values of 96 channels": replace(LONG, head_dim=96, bits=96, value_bits=2),
     "3-bit values of 256 channels": replace(LONG, head_dim=256, bits=256, value_bits=3),
     "signed query of 128 bits": replace(LONG, scalars=False, signed=True),
+    "one row": replace(LONG, batch=1, stops=(4096,)),
+    "no scalars": replace(LONG, scalars=False),
+    "as a decoder passes it": replace(LONG, layers=2, layer=1, weighted=True, as_decoded=True),
+    "as a decoder passes it, period 32": replace(
+        TURNED, layers=2, layer=1, weighted=True, as_decoded=True
+    ),
     "period 32 of two heads": TURNED,
     "period 32 of four heads": replace(TURNED, groups=4),
     "period 32 of eight heads": replace(TURNED, groups=8),
@@ -137,9 +150,9 @@ KERNEL_CASES = {
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> SketchCase:
-    """Any cache: each feature in any combination that has a meaning."""
-    head_dim = draw(st.sampled_from(HEAD_DIMS))
+def cases(draw: st.DrawFn, head_dims: Sequence[int] = HEAD_DIMS, queries: int = 3) -> SketchCase:
+    """Any cache: each feature in any combination that has a meaning; up to so many queries."""
+    head_dim = draw(st.sampled_from(head_dims))
     planes = draw(st.sampled_from((1, 2)))
     bits = 32 * draw(st.integers(1, 8))
     scalars = planes == 2 or draw(st.booleans())
@@ -152,7 +165,7 @@ def cases(draw: st.DrawFn) -> SketchCase:
         kv_heads=draw(st.integers(1, 4)),
         capacity=capacity,
         batch=draw(st.integers(1, 3)),
-        queries=draw(st.integers(1, 3)),
+        queries=draw(st.integers(1, queries)),
         layers=layers,
         layer=draw(st.integers(0, layers - 1)),
         start=draw(st.integers(0, capacity)),
@@ -212,7 +225,10 @@ def build(case: SketchCase) -> tuple[Arguments, Answer]:
         bits = np.where(rng.random(bits.shape) < 0.9, opposite, bits)
     vectors = vectors.astype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else np.float32)
     transform = transform.astype(np.float32)
-    scale = rng.uniform(0.5, 2.0, heads) / case.head_dim**0.5
+    if case.weighted:
+        transform = transform * np.float32(2.0) ** -(np.arange(case.bits) % 4)
+    scale = rng.uniform(0.5, 2.0, 1 if case.as_decoded else heads) / case.head_dim**0.5
+    scale = np.broadcast_to(scale, heads)
     if case.signed:
         scale = scale * case.head_dim / case.bits
     scale = scale.astype(np.float32)
@@ -233,9 +249,10 @@ def build(case: SketchCase) -> tuple[Arguments, Answer]:
         SketchQuery(
             jnp.asarray(vectors),
             jnp.asarray(transform),
-            jnp.asarray(scale),
+            scale if case.as_decoded else jnp.asarray(scale),
             variance=None if variance is None else jnp.asarray(variance),
             rope=rope,
+            prepared=_prepared(case, transform) if case.as_decoded else None,
             signed=case.signed,
             planes=case.planes,
         ),
@@ -279,6 +296,13 @@ def build(case: SketchCase) -> tuple[Arguments, Answer]:
         visible = (position >= case.start) & (position < stop[b, t])
         output[b, t, h], lse[b, t, h] = float64.softmax_attention(logits, visible, values[b, k])
     return arguments, Answer(output, lse)
+
+
+def _prepared(case: SketchCase, transform: np.ndarray) -> PreparedTransform:
+    """Transforms of all layers, of which the others are not to be read."""
+    others = np.full((case.layers, *transform.shape), 100.0, np.float32)
+    others[case.layer] = transform
+    return prepare_transform(jnp.asarray(others))
 
 
 def _bfloat16(x: np.ndarray) -> np.ndarray:

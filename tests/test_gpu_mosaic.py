@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,20 @@ def test_exact_attention_lowers_for_cuda(heads, head_dim):
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "reason"),
+    [
+        (408, jnp.bfloat16, "it reads 16 tokens at once, and rows have 408"),
+        (64, jnp.float32, "it takes bfloat16 queries, keys and values, not float32 and bfloat16"),
+    ],
+)
+def test_what_exact_attention_would_read_wrongly_is_refused(tokens, dtype, reason):
+    query = jnp.zeros((2, 1, 8, 64), dtype)
+    stored = jnp.zeros((3, 2, tokens, 128), jnp.uint16)
+    with pytest.raises(ValueError, match=f"cannot run as 'mosaic_gpu': {reason}"):
+        choose_exact(query, stored, jnp.bfloat16, "mosaic_gpu")
+
+
 @pytest.mark.parametrize("bits", [64, 96, 128, 192, 256])
 def test_the_transform_waits_where_the_bits_of_keys_lie(bits):
     head_dim = 32
@@ -128,6 +143,18 @@ def test_the_device_decides(monkeypatch, capability, implementation, reason):
     on(monkeypatch, capability)
     query, keys, values, *_ = build(CASES["one plane with its scalar"])[0]
     assert choose(query, keys, values) == (implementation, reason)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_gpus_with_smaller_blocks_take_triton_where_it_is_installed(monkeypatch, capability):
+    on(monkeypatch, capability)
+    query, keys, values, *_ = build(CASES["one plane with its scalar"])[0]
+    found = choose(query, keys, values)
+    if find_spec("jax_triton") is None:
+        assert found.implementation == "xla"
+        assert found.reason.startswith("triton is not available: ")
+    else:
+        assert found.implementation == "triton"
 
 
 def test_what_the_kernel_refuses_falls_back_and_says_why(monkeypatch):

@@ -101,6 +101,26 @@ def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:
         for name, (array, shape) in expected.items()
         if array is not None and array.shape != shape
     ]
+    words, halves = jnp.dtype(jnp.int32), jnp.dtype(jnp.uint16)
+    dtypes: dict[str, tuple[Array | None, jnp.dtype]] = {
+        "keys.words": (stored.keys.words, words),
+        "keys.scales": (stored.keys.scales, halves),
+        "values.words": (stored.values.words, words),
+        "values.affine": (stored.values.affine, words),
+    }
+    if stored.window is not None:
+        dtypes["window.keys"] = (stored.window.keys, halves)
+        dtypes["window.values"] = (stored.window.values, halves)
+        if not 0 <= stored.window.sinks < stored.window.keys.shape[2]:
+            problems.append(
+                f"a window of {stored.window.keys.shape[2]} tokens cannot begin with "
+                f"{stored.window.sinks} sinks"
+            )
+    problems += [
+        f"{name} is {array.dtype}, expected {dtype}"
+        for name, (array, dtype) in dtypes.items()
+        if array is not None and array.dtype != dtype
+    ]
     if bits % 32:
         problems.append(f"a sketch of {bits} bits does not pack into 32-bit words")
     if tokens % TOKEN_BLOCK:

@@ -27,11 +27,6 @@ class Sketch(NamedTuple):
     scale: BFloat16[Array, "*tokens kv_heads"] | None
 
 
-def refusal(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> str | None:
-    """None: this runs everywhere."""
-    return None
-
-
 def append_token(
     stored: StoredTokens, layer: Int32[Array, ""], encoder: KeyEncoder, token: Token
 ) -> StoredTokens:

@@ -40,11 +40,7 @@ def exact_attention(
         ValueError: the shapes do not fit together, or the implementation that was asked for cannot
             run them.
     """
-    if keys.shape != values.shape or keys.shape[3] % query.shape[3]:
-        raise ValueError(
-            f"exact_attention: keys {keys.shape} and values {values.shape} must have one shape, "
-            f"with channels that are a multiple of the queries' {query.shape[3]}"
-        )
+    _check(query, keys, values, jnp.dtype(dtype), stop)
     chosen = choose(query, keys, dtype, implementation)
     if chosen.implementation == "mosaic_gpu":
         from pallas_kernels.exact_attention import gpu_mosaic
@@ -53,6 +49,34 @@ def exact_attention(
     return reference.exact_attention(
         query, keys, values, layer, dtype=jnp.dtype(dtype), start=start, stop=stop
     )
+
+
+def _check(
+    query: Float[Array, "batch queries heads head_dim"],
+    keys: Shaped[Array, "layers batch tokens channels"],
+    values: Shaped[Array, "layers batch tokens channels"],
+    dtype: jnp.dtype,
+    stop: Int32[Array, "batch queries"],
+) -> None:
+    batch, queries, heads, head_dim = query.shape
+    kv_heads, rest = divmod(keys.shape[3], head_dim)
+    problems = []
+    if keys.shape != values.shape or keys.dtype != values.dtype:
+        problems.append(
+            f"keys {keys.dtype} {keys.shape} and values {values.dtype} {values.shape} must be alike"
+        )
+    if jnp.dtype(keys.dtype).itemsize != dtype.itemsize:
+        problems.append(f"keys {keys.dtype} do not hold {dtype}")
+    if keys.shape[1] != batch:
+        problems.append(f"{batch} rows of queries for {keys.shape[1]} rows of keys")
+    if rest or not kv_heads:
+        problems.append(f"{keys.shape[3]} channels are no multiple of the queries' {head_dim}")
+    elif heads % kv_heads:
+        problems.append(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    if stop.shape != (batch, queries):
+        problems.append(f"stop has shape {stop.shape}, expected {(batch, queries)}")
+    if problems:
+        raise ValueError("exact_attention: " + "; ".join(problems))
 
 
 def choose(

@@ -37,11 +37,13 @@ def refusal(
     if version is not None:
         return version
     _, queries, heads, head_dim = query.shape
-    kv_heads = keys.shape[3] // head_dim
+    tokens, kv_heads = keys.shape[2], keys.shape[3] // head_dim
     if queries != 1:
         return f"it takes one query per row, not {queries}"
-    if dtype != jnp.bfloat16:
-        return f"it takes bfloat16 keys and values, not {dtype}"
+    if dtype != jnp.bfloat16 or query.dtype != jnp.bfloat16:
+        return f"it takes bfloat16 queries, keys and values, not {query.dtype} and {dtype}"
+    if tokens % TILE:
+        return f"it reads {TILE} tokens at once, and rows have {tokens}"
     if heads // kv_heads > _MOST_GROUPS:
         return f"it takes up to {_MOST_GROUPS} query heads per KV head, not {heads // kv_heads}"
     if head_dim % 16 or head_dim > 256:
@@ -122,7 +124,7 @@ def exact_attention(
         (
             layer.reshape(1).astype(jnp.int32),
             stop.reshape(-1).astype(jnp.int32),
-            query.astype(jnp.bfloat16),
+            query,
             keys,
             values,
         ),

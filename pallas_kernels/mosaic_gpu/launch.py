@@ -17,7 +17,7 @@ from pallas_kernels.mosaic_gpu.registers import I32, I64
 WARPS = 4
 """Warps of a warpgroup, the unit in which threads are launched."""
 SHARED_BYTES = 227 * 1024
-"""Shared memory that a block may have on Hopper."""
+"""Shared memory that a block may have on Hopper and on Blackwell 10.x."""
 
 
 def refusal_of_version() -> str | None:

@@ -9,6 +9,8 @@ from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, 
 from pallas_kernels.sketch_attention.choice import choose, implementation_named
 from pallas_kernels.sketch_attention.partial import Partial
 
+VALUE_BITS = (4, 3, 2)
+
 
 def sketch_attention(
     query: SketchQuery,
@@ -45,14 +47,18 @@ def sketch_attention(
             cannot run them.
         ImportError: it needs a package that is not installed.
     """
-    _check(query, keys, values)
+    _check(query, keys, values, stop)
     chosen = choose(query, keys, values, implementation)
     attend = implementation_named(chosen.implementation).sketch_attention
     return attend(query, keys, values, layer, start=start, stop=stop)
 
 
-def _check(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> None:
-    heads, head_dim = query.vectors.shape[2:]
+def _check(
+    query: SketchQuery, keys: PackedKeys, values: PackedValues, stop: Int32[Array, "batch queries"]
+) -> None:
+    if values.bits not in VALUE_BITS:
+        raise ValueError(f"sketch_attention: values have 4, 3 or 2 bits, not {values.bits}")
+    queries, heads, head_dim = query.vectors.shape[1:]
     kv_heads, transform_dim, bits = query.transform.shape
     layers, batch, _, tokens = keys.words.shape
     value_rows = kv_heads * words_per_column(head_dim, values.bits)
@@ -69,6 +75,21 @@ def _check(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> None:
         for name, (array, shape, dtype) in expected.items()
         if array.shape != shape or array.dtype != dtype
     ]
+    of_queries = {
+        "stop": (stop, (batch, queries)),
+        "query.scale": (query.scale, (heads,)),
+        "query.variance": (query.variance, (batch, queries, heads)),
+    }
+    if query.rope is not None:
+        of_queries["query.rope.frequencies"] = (query.rope.frequencies, (head_dim // 2,))
+        of_queries["query.rope.mean"] = (query.rope.mean, (kv_heads, head_dim))
+    if query.prepared is not None:
+        of_queries["query.prepared.norm"] = (query.prepared.norm, (layers, kv_heads))
+    problems += [
+        f"{name} has shape {array.shape}, expected {shape}"
+        for name, (array, shape) in of_queries.items()
+        if array is not None and array.shape != shape
+    ]
     if bits % 32:
         problems.append(f"a sketch of {bits} bits does not pack into 32-bit words")
     if heads % kv_heads:
@@ -81,7 +102,9 @@ def _check(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> None:
         problems.append(f"{tokens} tokens are not a multiple of {TOKEN_BLOCK}")
     if query.variance is not None and keys.scales is None:
         problems.append("a variance correction needs the scalars of the keys")
-    if query.rope is not None and TOKEN_BLOCK % query.rope.period:
+    if query.planes not in (1, 2):
+        problems.append(f"a component is of 1 or 2 planes, not {query.planes}")
+    if query.rope is not None and (query.rope.period < 1 or TOKEN_BLOCK % query.rope.period):
         problems.append(f"a RoPE period of {query.rope.period} does not divide {TOKEN_BLOCK}")
     if problems:
         raise ValueError("sketch_attention: " + "; ".join(problems))

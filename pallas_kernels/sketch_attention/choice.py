@@ -6,7 +6,7 @@ from types import ModuleType
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.choice import HOPPER, Choice, Implementation
+from pallas_kernels.choice import Choice, Implementation, has_large_blocks
 from pallas_kernels.choice import choose as choose_implementation
 from pallas_kernels.device import cuda_capability
 from pallas_kernels.sketch_attention.arguments import (
@@ -58,7 +58,7 @@ def choose(
 
 
 def implementation_named(name: Implementation) -> ModuleType:
-    """The module of an implementation, with `sketch_attention` and `refusal`.
+    """The module of an implementation: `sketch_attention`, and `refusal` where it is a kernel.
 
     Imported only here, because an implementation may need packages that others do without.
     """
@@ -77,7 +77,7 @@ def prepare_transform(
         What `SketchQuery.prepared` takes; None where the default device has no use for it.
     """
     capability = cuda_capability()
-    if capability is None or capability < HOPPER:
+    if capability is None or not has_large_blocks(capability):
         return None
     from pallas_kernels.sketch_attention.gpu_mosaic.coefficients import prepare_transform
 

@@ -33,11 +33,6 @@ from pallas_kernels.sketch_attention.partial import Partial
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def refusal(query: SketchQuery, keys: PackedKeys, values: PackedValues) -> str | None:
-    """None: plain jax.numpy runs anything, anywhere."""
-    return None
-
-
 def sketch_attention(
     query: SketchQuery,
     keys: PackedKeys,
