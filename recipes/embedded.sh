@@ -3,17 +3,16 @@
 #
 #     recipes/embedded.sh BOOKS VALID WORK
 #
-# BOOKS and VALID are .txt or .jsonl files, also compressed: text to train on, and held-out text. Run it
-# in the repository's root; it needs h1bjax[train]. BOOKS may be what recipes/plain_books.py writes, which
-# is easier for so small a model. Whatever WORK holds already is not made again and interrupted training
-# goes on, so the same command continues a run that was cut off.
+# BOOKS and VALID are .txt or .jsonl files in Markdown, also compressed: text to train on, and held-out
+# text. Run it in the repository's root; it needs h1bjax[train]. Whatever WORK holds already is not made
+# again and interrupted training goes on, so the same command continues a run that was cut off.
 #
 # The defaults suit one H100. What may be set in the environment:
 #   CONFIG         the model, configs/embedded.json
 #   CONTEXT        of the plain model's training, where the model's own is too dear to train with from
 #                  the start, as on a CPU. Then LONG_STEPS follow with the model's own.
-#   MEGABYTES      of text in which remembering pays; beside 91 MB of books 30 are three tenths of all
-#                  tokens. With much less, small models do not learn to copy from far back.
+#   MEGABYTES      of text in which remembering pays; beside 90 MB of books 30 are three tenths of all
+#                  tokens. The model of docs/quality.md learnt to copy from them, this one is too small.
 #   STEPS, BATCH   of training the plain model. 65,536 tokens a step keep a large GPU busy; with more,
 #                  a model this small would need nearly as many steps as with these.
 #   LONG_BATCH     sequences in a step with the model's own context, after a shorter one and with the
@@ -28,13 +27,14 @@
 #   SOURCE         where the books come from, for the model card
 #   EVALUATED      held-out tokens of the evaluation
 #   EXTRA          more options for all trainings, such as --dtype float32
+#   PYTHON         the interpreter, python
 set -euo pipefail
 
 if (($# != 3)) || [[ ! -f recipes/embedded_card.py ]]; then
     echo "usage, in the repository's root: recipes/embedded.sh BOOKS VALID WORK" >&2
     exit 2
 fi
-books=$1 valid=$2 work=$3
+work=$3
 config=${CONFIG:-configs/embedded.json}
 cache=${CACHE:-h1b}
 long_batch=${LONG_BATCH:-${BATCH:-32}}
@@ -56,13 +56,20 @@ run() {
 python() { command "$python" "$@"; }
 h1bjax() { python -m h1bjax.cli "$@"; }
 
-retrieval=$work/retrieval.jsonl.xz
-if [[ ! -f $retrieval ]]; then
-    # Named only when it is whole.
-    run python benchmarks/retrieval_text.py --text "$books" \
-        --megabytes "${MEGABYTES:-30}" --out "$work/partial.jsonl.xz"
-    run mv "$work/partial.jsonl.xz" "$retrieval"
-fi
+# make_text NAME COMMAND: runs a command that writes a text, and names that only when it is whole.
+make_text() {
+    if [[ ! -f $work/$1 ]]; then
+        rm -f "$work/partial.jsonl.xz"
+        run "${@:2}" --out "$work/partial.jsonl.xz"
+        run mv "$work/partial.jsonl.xz" "$work/$1"
+    fi
+}
+
+books=$work/plain.jsonl.xz retrieval=$work/retrieval.jsonl.xz
+make_text plain.jsonl.xz python recipes/plain_books.py --books "$1"
+make_text held_out.jsonl.xz python recipes/plain_books.py --books "$2"
+make_text retrieval.jsonl.xz python benchmarks/retrieval_text.py --text "$books" \
+    --megabytes "${MEGABYTES:-30}"
 
 if [[ ! -f $work/tokenizer/tokenizer.json ]]; then
     run python -m train.tokenizer --text "$books" --vocab-size "$vocabulary" --out "$work/tokenizer"
@@ -94,6 +101,6 @@ if [[ ! -d $work/taught/model ]]; then
 fi
 
 rm -rf "$work/model"
-python recipes/embedded_card.py --work "$work" --cache "$cache" --books "$books" \
+python recipes/embedded_card.py --work "$work" --cache "$cache" \
     --source "${SOURCE:-public-domain books, github.com/mlschmitt/classic-books-markdown at 944882722e9a}" \
-    --valid "$valid" --tokens "${EVALUATED:-262144}"
+    --tokens "${EVALUATED:-262144}"

@@ -93,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             that the model was trained on.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    for name, help in {
-        "work": "the folder of recipes/embedded.sh; the result is its folder model",
-        "books": "what was trained on besides retrieval.jsonl.xz",
-        "valid": "held-out text",
-    }.items():
-        parser.add_argument(f"--{name}", type=Path, required=True, help=help)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="the folder of recipes/embedded.sh; the result is its folder model",
+    )
     parser.add_argument("--cache", required=True, help="that the model was trained to read")
     parser.add_argument("--source", required=True, help="where the books come from")
     parser.add_argument("--tokens", type=int, required=True, help="held-out tokens to score")
@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jobs = {name: job for name, job in jobs.items() if job.record.is_file()} | {
         options.cache: taught
     }
-    texts = [options.books, work / "retrieval.jsonl.xz"]
+    texts = [work / "plain.jsonl.xz", work / "retrieval.jsonl.xz"]
+    held_out = work / "held_out.jsonl.xz"
     for job in jobs.values():
         if _settings(job)["text"] != [file_sha256(text) for text in texts]:
             raise ValueError(f"{job.path} was not trained on {', '.join(map(str, texts))}")
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, folder in [("before", work / "calibrated"), ("after", taught.model)]:
         for cache in (EXACT, options.cache):
             model = load(folder, cache=cache)
-            tasks = tasks or Tasks.create(model, read_documents([options.valid]), options.tokens)
+            tasks = tasks or Tasks.create(model, read_documents([held_out]), options.tokens)
             rows.append(tasks.row(name, model))
     assert tasks is not None
 
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _head(model, options.cache),
             _quality(rows, tasks),
             _sample(model),
-            _data(texts, options.source),
+            _data([*texts, held_out], options.source),
             _training(jobs),
             _commands(work),
             LIMITS,
@@ -203,9 +204,8 @@ def _sample(model: Model) -> str:
 
 def _data(texts: Sequence[Path], source: str) -> str:
     lines = []
-    for text, origin in zip(
-        texts, [source, "made from these by benchmarks/retrieval_text.py"], strict=True
-    ):
+    origins = [source, "made from these by benchmarks/retrieval_text.py", "held out"]
+    for text, origin in zip(texts, origins, strict=True):
         documents = read_documents([text])
         size = sum(len(document.encode()) for document in documents)
         lines.append(
@@ -248,7 +248,7 @@ def _commands(work: Path) -> str:
     written = (work / "commands.txt").read_text(encoding="utf-8").splitlines()
     # A run that was cut off and continued has commands twice.
     lines = dict.fromkeys(written)
-    return "\n".join(["`recipes/embedded.sh` ran:", "", "```sh", *lines, "```"])
+    return "\n".join(["Commands, those of `recipes/embedded.sh`:", "", "```sh", *lines, "```"])
 
 
 LIMITS = """\

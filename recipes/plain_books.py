@@ -2,7 +2,7 @@
 
     python recipes/plain_books.py --books BOOKS.jsonl.xz --out plain.jsonl.xz
 
-Each line of BOOKS is an object with the string "text", in Markdown.
+BOOKS are .txt or .jsonl files in Markdown, as `h1bjax.text_files.read_documents` takes them.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from h1bjax.text_files import read_documents
 
 STRAIGHT = str.maketrans("“”‘’", "\"\"''", "\r\ufeff\u200b\u2060") | {ord("—"): "--"}
 
@@ -26,11 +28,10 @@ def plain(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--books", type=Path, required=True, metavar="FILE", help=".jsonl.xz")
+    parser.add_argument("--books", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new .jsonl.xz")
     options = parser.parse_args(arguments)
-    with lzma.open(options.books, "rt", encoding="utf-8") as file:
-        books = [json.loads(line)["text"] for line in file]
+    books = read_documents(options.books)
     with lzma.open(options.out, "xt", encoding="utf-8") as file:
         for book in books:
             file.write(json.dumps({"text": plain(book)}, ensure_ascii=False) + "\n")
