@@ -1,5 +1,7 @@
 """Compressed attention with a gradient: the same output as a cache's, and the right gradient."""
 
+import itertools
+from dataclasses import replace
 from functools import cache as cached
 from functools import partial
 
@@ -26,6 +28,7 @@ from h1bjax.cache import (
 )
 from h1bjax.cache.straight_through import (
     SketchedKeys,
+    signed_queries,
     straight_through,
     surrogate_sketch,
     with_surrogate,
@@ -207,28 +210,68 @@ def test_the_gradient_of_codes_is_that_of_their_surrogate(name):
     def along(sketched):
         return sum(jax.tree.leaves(jax.tree.map(lambda *x: jnp.vdot(*x), directions, sketched)))
 
+    def moved(changed):
+        return replace(encoder, projection=changed["projection"], mean=changed["mean"])
+
     @jax.jit
-    def hard(keys):
-        return along(with_surrogate(encoder, keys, codes))
+    def hard(changed):
+        return along(with_surrogate(moved(changed), changed["keys"], codes))
 
     start = surrogate_sketch(encoder, keys, codes.signs).signs
 
     @jax.jit
-    def soft(keys):
+    def soft(changed):
         signs = codes.signs
         if encoder.metric is not None:
             # This scalar follows the signs, which move as their surrogates do.
-            signs = signs + surrogate_sketch(encoder, keys, signs).signs - start
-        return along(surrogate_sketch(encoder, keys, signs))
+            signs = signs + surrogate_sketch(moved(changed), changed["keys"], signs).signs - start
+        return along(surrogate_sketch(moved(changed), changed["keys"], signs))
 
     for found, code in zip(with_surrogate(encoder, keys, codes), codes, strict=True):
         np.testing.assert_array_equal(found, code)
-    gradient = jax.grad(hard)(keys)
-    for seed in range(3):
-        step = np.random.default_rng(seed).normal(size=keys.shape).astype(np.float32)
+    point = {"keys": keys, "projection": encoder.projection, "mean": encoder.mean}
+    gradient = jax.grad(hard)(point)
+    for name, seed in itertools.product(point, range(3)):
+        step = np.random.default_rng(seed).normal(size=point[name].shape).astype(np.float32)
+        step *= np.float32(np.std(point[name]) or 1.0)
         # So short that few coordinates pass the end of their quantiser on the way.
-        difference = float(soft(keys + 5e-4 * step) - soft(keys - 5e-4 * step)) / 1e-3
-        assert float(jnp.sum(gradient * step)) == pytest.approx(difference, rel=0.03, abs=0.3)
+        ahead, behind = (
+            float(soft(point | {name: point[name] + amount * step})) for amount in (5e-4, -5e-4)
+        )
+        slope = float(jnp.sum(gradient[name] * step))
+        assert slope == pytest.approx((ahead - behind) / 1e-3, rel=0.03, abs=0.3), name
+
+
+def test_a_signed_query_has_the_gradient_of_its_surrogate():
+    rng = np.random.default_rng(3)
+    query = rng.normal(size=(1, 5, 4, 32)).astype(np.float32)
+    projection = rng.normal(size=(2, 32, 64)).astype(np.float32)
+
+    def surrogate(query, projection):
+        """In float64; a sign is its own input in steps of `2·Σu²/Σ|u|`, cut off at one."""
+        u = np.einsum("btkgd,kdc->btkgc", query.reshape(1, 5, 2, 2, 32), projection)
+        step = 2 * np.sum(u * u, axis=-1) / np.sum(np.abs(u), axis=-1)
+        return 2 * np.clip(u / step[..., None], -1, 1).reshape(1, 5, 4, 64)
+
+    signs = jnp.where(surrogate(query, projection) >= 0, 1.0, -1.0)
+    direction = rng.normal(size=signs.shape)
+
+    def along(query, projection):
+        found = signed_queries(query, projection, signs)
+        return jnp.sum(found * direction), found
+
+    gradients, found = jax.grad(along, (0, 1), has_aux=True)(query, jnp.asarray(projection))
+    np.testing.assert_array_equal(found, signs)
+    point = [query.astype(np.float64), projection.astype(np.float64)]
+    for index, gradient in enumerate(gradients):
+        step = rng.normal(size=point[index].shape)
+
+        def shifted(amount, index=index, step=step):
+            place = [x + amount * step if n == index else x for n, x in enumerate(point)]
+            return np.sum(direction * surrogate(*place))
+
+        slope = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+        assert np.sum(gradient * step) == pytest.approx(slope, rel=1e-3, abs=1e-2)
 
 
 def test_a_sketch_that_rounds_nothing_off_moves_as_its_key_does():
