@@ -19,8 +19,8 @@
 #                  cache; as BATCH
 #   RATE           peak learning rate. 1.5e-3 served the model of docs/quality.md at twice the width and
 #                  half the batch; narrow models and large batches bear more.
-#   CACHE, TRAINED the cache that the model then learns to read, and what changes for it (everything,
-#                  lora or decoders)
+#   CACHE, TRAINED the cache that the model then learns to read, and what changes for it (everything or
+#                  lora)
 #   CACHE_STEPS, CACHE_RATE
 #                  of that. The rate goes on where the cosine of the plain model's ended, at a tenth;
 #                  that of LONG_STEPS too.

@@ -1,9 +1,12 @@
 """`h1bjax finetune`: its options reach the job, and mistakes cost no time."""
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from toy import toy_config
 
 from h1bjax import cli
 from h1bjax.cli import finetune
+from train import options
+from train.student import TRAINED
 
 # The command line makes lines of warnings, so they must reach it.
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("default")]
@@ -81,6 +86,12 @@ def test_trains_from_random_weights_and_evaluates(tmp_path, text, toy_folder, ca
         (["--model", "m", "--cache", "none"], "unknown cache preset 'none'"),
         (["--model", "m", "--rank", "4"], "rank=4 belongs to 'lora'"),
         (["--model", "m", "--distillation", "-1"], "distillation=-1.0 must not be negative"),
+        (
+            ["--model", "m", "--cache", "h1b", "--train", "decoders", "--learning-rate", "1"],
+            "learning_rate=1.0 is that of weights, and with trained='decoders' none train; set "
+            "codec_rate instead",
+        ),
+        (["--model", "m", "--codec-rate", "1"], "codec_rate=1.0 is that of a key codec"),
         (["--model", "m", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["--model", "m", "--valid", "absent.txt"], "No such file: absent.txt"),
     ],
@@ -88,6 +99,38 @@ def test_trains_from_random_weights_and_evaluates(tmp_path, text, toy_folder, ca
 def test_mistakes_are_one_line(more, message, text, tmp_path, capsys):
     assert message in fails(command(text, tmp_path / "out", *more), capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_defaults_and_choices_are_those_of_the_job():
+    """The command repeats them, because it does not import the package at its start."""
+    commands = argparse.ArgumentParser().add_subparsers()
+    finetune.add_parser(commands)
+    parser = commands.choices["finetune"]
+    found = parser.parse_args(["--model", "m", "--text", "t", "--out", "o", "--steps", "3"])
+    defaults = {
+        field.name: field.default
+        for field in fields(options.Job)
+        if field.default is not MISSING and field.name != "model"
+    }
+    given = {name: getattr(found, name) for name in defaults}
+    assert given | {"valid": tuple(given["valid"])} == defaults
+
+    help = " ".join(parser.format_help().split())
+    assert f"--train {{{','.join(TRAINED)}}}" in help
+    assert f"of the changes of lora; default: {options.RANK} " in help
+    rates = re.search(
+        r"default: (\S+) with --init and for lora, otherwise (\S+) .*"
+        r"default: (\S+) for temperatures, otherwise (\S+) ",
+        help,
+    )
+    assert rates is not None
+    assert [float(rates[1]), float(rates[1]), *map(float, rates.groups()[1:])] == [
+        options.RATE_FROM_RANDOM,
+        options.RATE_OF_LORA,
+        options.RATE_FROM_MODEL,
+        options.RATE_OF_TEMPERATURES,
+        options.CODEC_RATE,
+    ]
 
 
 def test_a_users_own_train_module_is_named_and_not_run(tmp_path, text):

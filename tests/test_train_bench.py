@@ -6,11 +6,25 @@ import re
 import pytest
 from toy import toy_config
 
+from h1bjax.cache import CacheSpec
 from train import bench
+from train.options import RANK
+from train.student import Scope
 
-pytestmark = [pytest.mark.once, pytest.mark.slow]
+pytestmark = pytest.mark.once
 
 
+def test_all_caches_train_the_same_where_they_can():
+    exact, h1b = CacheSpec.preset("exact"), CacheSpec.preset("h1b-2plane-v2")
+    for spec in (exact, h1b):
+        assert bench.scope_of(spec, "lora") == Scope(spec, "lora", RANK)
+        assert bench.scope_of(spec, "everything") == Scope(spec)
+    assert bench.scope_of(exact, "decoders") == Scope(exact)
+    assert bench.scope_of(exact, "temperatures") == Scope(exact)
+    assert bench.scope_of(h1b, "decoders") == Scope(h1b, "decoders")
+
+
+@pytest.mark.slow
 def test_every_cache_is_timed_with_and_without_a_teacher(tmp_path, capsys):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(toy_config().to_hf()))

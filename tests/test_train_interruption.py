@@ -19,7 +19,7 @@ from h1bjax.calibration_file import calibration_path, find_calibration
 from train.checkpoint import Checkpoints
 from train.job import run
 from train.log import read_log
-from train.options import Job
+from train.options import CODEC_RATE, Job
 from train.step import train_step
 
 pytestmark = [
@@ -198,6 +198,11 @@ def test_only_what_trains_differs_from_the_model_before(finished, files):
     assert found is not None
     assert found.codec is not None
     assert (found.codec.temperature[...] != 1).any()
+
+
+def test_the_log_has_the_rate_of_what_trains(finished):
+    rows = read_log(finished.out / "log.csv")
+    assert rows[-1].learning_rate == pytest.approx(0.1 * CODEC_RATE)
 
 
 def test_another_calibration_is_another_job(finished, files, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 from toy import byte_level, toy_config
@@ -26,6 +27,7 @@ from train.options import Job
 from train.step import train_step
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 12
+FROM_MODEL = {"init": None, "tokenizer": None, "model": "somewhere", "cache": "h1b-paper"}
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +189,35 @@ def test_begins_from_a_models_weights(job, toy_folder):
         assert 0 < moved < 1e-5, name
 
 
+def change_weights(folder):
+    arrays = load_file(folder / "model.safetensors")
+    arrays["model.embed_tokens.weight"] *= 1.5
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "np"})
+
+
+@pytest.mark.once
+def test_weights_that_changed_under_the_same_path_are_another_job(job, toy_folder, tmp_path):
+    source, teacher = tmp_path / "source", tmp_path / "teacher"
+    for folder in (source, teacher):
+        shutil.copytree(toy_folder, folder)
+    begun = {"init": None, "tokenizer": None, "steps": 1, "warmup": 0}
+    start = replace(job, model=str(source), teacher=str(teacher), **begun)
+    loss = run(start).loss
+    # The same weights under another path are the same job.
+    assert run(replace(start, model=str(toy_folder))).loss == loss
+    change_weights(teacher)
+    with pytest.raises(ValueError, match=r"another training job.*: teacher is"):
+        run(start)
+    change_weights(source)
+    with pytest.raises(ValueError, match=r"another training job.*begin is .*teacher is"):
+        run(start)
+
+
 @pytest.mark.once
 def test_imitates_the_teacher_that_is_named(job, toy_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(toy_folder, other)
-    weights = load_file(other / "model.safetensors")
-    weights["model.embed_tokens.weight"] *= 1.5
-    save_file(weights, other / "model.safetensors", metadata={"format": "np"})
+    change_weights(other)
     start = replace(job, init=None, tokenizer=None, model=str(toy_folder), steps=1, warmup=0)
     divergences = []
     for teacher in (toy_folder, other):
@@ -383,6 +407,10 @@ def test_bad_options_are_listed_together(files, tmp_path):
         ({"next_token": 0.0}, "next_token and distillation must not both be 0"),
         ({"trained": "decoders"}, "decoders belong to a cache; name one"),
         ({"rank": 3}, "rank=3 belongs to 'lora'"),
+        ({**FROM_MODEL, "trained": "decoders"}, "0.01 is that of weights, .* set codec_rate"),
+        ({**FROM_MODEL, "trained": "temperatures"}, "0.01 is that of weights, .* set codec_rate"),
+        ({**FROM_MODEL, "cache": None, "codec_rate": 0.1}, "codec, and the cache 'exact' has none"),
+        ({"codec_rate": 0.1}, "codec_rate=0.1 is that of a key codec"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(job, change, message):
@@ -397,11 +425,46 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_is_not_saved(job, monkeypat
         return state, replace(metrics, gradient_norm=jnp.nan) if spoils else metrics
 
     monkeypatch.setattr(train.loop, "train_step", spoiled)
-    with pytest.raises(FloatingPointError, match=r"step 5 has .* norm nan; step 4 is kept"):
+    told = r"step 5 has .* norm nan; step 4 is kept\. .* in another folder, with a smaller learning"
+    with pytest.raises(FloatingPointError, match=told):
         run(job)
     with Checkpoints(job.out / "checkpoints") as checkpoints:
         assert checkpoints.latest == 4
     assert not (job.out / "model").exists()
+
+
+def test_a_save_that_fails_before_such_a_loss_is_read_is_not_said_to_be_kept(job, monkeypatch):
+    wait = ocp.CheckpointManager.wait_until_finished
+    failures = []
+
+    def spoiled(state, *rest):
+        state, metrics = train_step(state, *rest)
+        if int(state.step) != 5:
+            return state, metrics
+        failures.append(ValueError("no space"))
+        return state, replace(metrics, gradient_norm=jnp.nan)
+
+    def failing(manager):
+        wait(manager)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(train.loop, "train_step", spoiled)
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", failing)
+    with pytest.raises(OSError, match=r"step 4 could not be saved; step 2 is kept") as caught:
+        run(job)
+    # Nothing was raised, and told, before it.
+    failure = caught.value.__cause__
+    assert isinstance(failure, ValueError)
+    assert failure.__context__ is None
+
+
+def test_every_row_that_saves_nothing_looks_whether_the_last_save_has_ended(job, monkeypatch):
+    rows = []
+    monkeypatch.setattr(train.loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(Checkpoints, "list_finished", lambda self: rows.append(self.latest))
+    run(job)
+    assert rows == [None, 2, 4]
 
 
 @pytest.mark.once
@@ -410,7 +473,7 @@ def test_a_diverging_job_says_where(job):
         run(replace(job, learning_rate=1e30, warmup=0))
 
 
-def test_a_log_survives_a_cut_and_refuses_other_files(tmp_path):
+def test_a_log_survives_a_cut_and_refuses_other_files(tmp_path, monkeypatch):
     path = tmp_path / "log.csv"
     assert read_log(path) == []
     rows = [LogRow(10, 2.5, None, 1e-3, None), LogRow(20, 1 / 3, 0.5, 1e-4, 1234.5)]
@@ -418,6 +481,11 @@ def test_a_log_survives_a_cut_and_refuses_other_files(tmp_path):
     append_log(path, rows[1])
     assert read_log(path) == rows
     path.write_text(path.read_text() + "30,0.")
+    assert read_log(path) == rows
+    # Cut off while it is written anew.
+    monkeypatch.setattr("train.log.astuple", None)
+    with pytest.raises(TypeError):
+        write_log(path, rows[:1])
     assert read_log(path) == rows
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="not the log of a training"):

@@ -1,7 +1,8 @@
 """What a training step costs: `python -m train.bench --config CONFIG --cache exact h1b h1b-p32`.
 
 Weights and tokens are random, which changes no time. Every cache is timed with and without a
-teacher; `ratio` is to the plain model without one.
+teacher; `ratio` is to the plain model without one. Where keys have no codec, and so no
+temperatures or decoders, everything trains in their place.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from h1bjax.cli.options import positive
 from h1bjax.config import LlamaConfig
 from h1bjax.model import random_projections
 from train.initialise import random_parameters
+from train.options import RANK
 from train.step import Recipe, initial_state, train_step
 from train.student import TRAINED, Origin, Scope, Trained, fixed_arrays, trained_arrays
 
@@ -57,6 +59,13 @@ def seconds_per_step(
     return statistics.median(seconds[1:])
 
 
+def scope_of(spec: CacheSpec, trained: Trained) -> Scope:
+    """What trains for a cache: everything in place of what its keys have not."""
+    if spec.sketch is None and trained in ("temperatures", "decoders"):
+        return Scope(spec)
+    return Scope(spec, trained, RANK if trained == "lora" else None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line for each cache, with and without a teacher."""
     parser = argparse.ArgumentParser(
@@ -80,7 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = None
     for name in dict.fromkeys(["exact", *options.cache]):
         spec = CacheSpec.preset(name)
-        trained: Trained = options.train if spec.sketch is not None else "everything"
         choice = choose_training(spec, options.dtype, config.head_dim)
         for distillation in (0.0, 1.0):
             recipe = Recipe(
@@ -92,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 microbatches=options.microbatches,
                 dtype=options.dtype,
                 remat=options.remat,
-                scope=Scope(spec, trained, 16 if trained == "lora" else None),
+                scope=scope_of(spec, options.train),
             )
             seconds = seconds_per_step(config, recipe, windows, options.repeats)
             plain = plain or seconds

@@ -27,8 +27,8 @@ class Checkpoints:
 
     A checkpoint gets its final name only when it is complete, so that an interrupted save leaves
     none, and an older one is deleted only after that. A list of the sha256 of its files follows,
-    by which a damaged checkpoint is known. Use it as a context manager, which waits for the last
-    save to end.
+    see `list_finished`, by which a damaged checkpoint is known. Use it as a context manager, which
+    waits for the last save to end.
     """
 
     def __init__(self, folder: Path):
@@ -48,13 +48,13 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._finish()
+            self.finish()
         finally:
             self._manager.close()
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, None where there is none."""
+        """The step of the newest checkpoint, which may be in progress; None where there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
@@ -63,42 +63,28 @@ class Checkpoints:
         Raises:
             OSError: this save cannot begin, or the one before it failed. Older ones are kept.
         """
-        self._finish()
+        self.finish()
         self._saving = int(state.step)
         with self._reporting(self._saving):
             self._manager.save(self._saving, args=ocp.args.StandardSave(state))
 
-    def restore(self, shapes: TrainState, places: Any) -> TrainState | None:
-        """The newest state that is not damaged; None where there is none.
+    def list_finished(self) -> None:
+        """Lists the files of the last save if it has ended, and otherwise does nothing.
 
-        Damaged checkpoints are deleted with a warning, because the job will save these steps
-        again.
+        Whoever calls this now and then protects a checkpoint soon after it was written.
 
-        Args:
-            shapes: the shapes and dtypes of a state of the same job.
-            places: where its leaves go, shardings in the same tree.
+        Raises:
+            OSError: the save failed. Older ones are kept.
         """
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            places,
-        )
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                self._check(step)
-                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            # A checkpoint without its list was written just before the job was killed.
-            except (ValueError, OSError, KeyError) as error:
-                warnings.warn(
-                    f"the checkpoint of step {step} in {self._folder} is damaged and is left out: "
-                    f"{error}",
-                    stacklevel=2,
-                )
-                self._manager.delete(step)
-        return None
+        if not self._manager.is_saving_in_progress():
+            self.finish()
 
-    def _finish(self) -> None:
-        """Waits for the save in progress, and lists the files that it wrote."""
+    def finish(self) -> None:
+        """Waits for the save in progress, and lists the files that it wrote.
+
+        Raises:
+            OSError: the save failed. Older ones are kept.
+        """
         if self._saving is None:
             return
         step, self._saving = self._saving, None
@@ -110,7 +96,51 @@ class Checkpoints:
             listed = {name: file_sha256(folder / name) for name in _files(folder)}
             unfinished = folder / f"{CHECKSUMS}.partial"
             unfinished.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-            unfinished.rename(folder / CHECKSUMS)
+            unfinished.rename(self._list(step))
+
+    def restore(self, shapes: TrainState, places: Any) -> TrainState | None:
+        """The newest state that is not damaged; None where there is none.
+
+        Damaged checkpoints are deleted with a warning, because the job will save these steps
+        again.
+
+        Args:
+            shapes: the shapes and dtypes of a state of the same job.
+            places: where its leaves go, shardings in the same tree.
+
+        Raises:
+            ValueError: a checkpoint is as it was written, and cannot be restored. It is kept.
+            OSError: the files of a checkpoint cannot be read. It is kept.
+        """
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            places,
+        )
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            listed = self._list(step).is_file()
+            damage = self._damage(step) if listed else None
+            if damage is None:
+                try:
+                    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                except (ValueError, OSError, KeyError) as error:
+                    if listed:
+                        raise ValueError(
+                            f"the checkpoint of step {step} in {self._folder} is as it was "
+                            "written, and cannot be restored; probably other versions of Optax or "
+                            "Orbax or another job wrote it. Nothing was deleted: use those "
+                            f"versions, or give another folder. {error}"
+                        ) from error
+                    # The job was cut off before the list was written, and perhaps the files
+                    # before they were on the disk.
+                    damage = str(error)
+            warnings.warn(
+                f"the checkpoint of step {step} in {self._folder} is damaged and is left out: "
+                f"{damage}",
+                stacklevel=2,
+            )
+            self._manager.delete(step)
+        return None
 
     @contextmanager
     def _reporting(self, step: int) -> Iterator[None]:
@@ -125,16 +155,23 @@ class Checkpoints:
                 f"disk and run the same job again to go on from there. {error}"
             ) from error
 
-    def _check(self, step: int) -> None:
+    def _list(self, step: int) -> Path:
+        return self._folder / str(step) / CHECKSUMS
+
+    def _damage(self, step: int) -> str | None:
+        """How the files differ from their list; None where they do not."""
         folder = self._folder / str(step)
-        if not (folder / CHECKSUMS).is_file():
-            return
-        listed = read_json_object(folder / CHECKSUMS)
-        found = _files(folder)
+        try:
+            listed = read_json_object(self._list(step))
+            found = {name: file_sha256(folder / name) for name in _files(folder)}
+        # Another process may be deleting the same checkpoint.
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
         if missing := sorted(set(listed) - set(found)):
-            raise ValueError(f"missing: {', '.join(missing)}")
-        if changed := [name for name in found if listed.get(name) != file_sha256(folder / name)]:
-            raise ValueError(f"changed: {', '.join(changed)}")
+            return f"missing: {', '.join(missing)}"
+        if changed := [name for name in found if listed.get(name) != found[name]]:
+            return f"changed: {', '.join(changed)}"
+        return None
 
 
 def _files(folder: Path) -> list[str]:

@@ -13,9 +13,8 @@ class LogRow:
     Attributes:
         step: steps taken at their end.
         loss: nats per token of the next token, their mean.
-        divergence: nats per token from the model before training, likewise; None where nothing
-            is learnt from it.
-        learning_rate: of the last of them.
+        divergence: nats per token from the teacher, likewise; None where there is none.
+        learning_rate: of the last of them; the key codec's where no weights train.
         tokens_per_second: None where compiling them took most of the time.
     """
 
@@ -52,11 +51,13 @@ def read_log(path: Path) -> list[LogRow]:
 
 
 def write_log(path: Path, rows: Sequence[LogRow]) -> None:
-    """Writes a log anew."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    """Writes a log anew; the old one stays until the new one is whole."""
+    unfinished = path.with_name(f"{path.name}.partial")
+    with unfinished.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_HEADER)
         writer.writerows(map(astuple, rows))
+    unfinished.replace(path)
 
 
 def append_log(path: Path, row: LogRow) -> None:

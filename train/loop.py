@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from jaxtyping import Float64
 from tqdm import tqdm
 
 from train.checkpoint import Checkpoints
@@ -14,7 +15,15 @@ from train.folder import JobFolder
 from train.log import LogRow, append_log, read_log, write_log
 from train.plan import Plan
 from train.processes import is_first
-from train.step import Metrics, TrainState, initial_state, learning_rate, train_step
+from train.step import (
+    Metrics,
+    Recipe,
+    TrainState,
+    codec_rate,
+    initial_state,
+    learning_rate,
+    train_step,
+)
 from train.student import fixed_arrays, trained_arrays
 
 LOG_EVERY = 10
@@ -32,12 +41,14 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite. The state from which that came
-            is not saved.
+            may have been saved; the states after it are not.
         OSError: a checkpoint cannot be saved. Those before it are kept.
+        ValueError: a checkpoint is not damaged, and cannot be restored.
     """
     job, recipe = plan.job, plan.job.recipe
     origin, scope, placement = plan.origin(), recipe.scope, plan.placement
     teaches = recipe.distillation > 0
+    rate = learning_rate if scope.trains_weights else codec_rate
     taught_by = plan.teacher_weights(origin) if teaches else None
     fixed = placement.place(fixed_arrays(scope, origin, recipe.dtype, taught_by=taught_by))
     trained = placement.place(trained_arrays(plan.config, scope, origin, jax.random.key(job.seed)))
@@ -75,14 +86,19 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
             saves = done % job.checkpoint_every == 0 or done == job.steps
             if not saves and done % LOG_EVERY:
                 continue
-            loss, divergence = _mean_losses(unread, done, checkpoints.latest)
+            numbers = _numbers(unread)
+            if not np.isfinite(numbers).all():
+                # Until the save in progress ends, it is not known which checkpoint is kept.
+                checkpoints.finish()
+                raise FloatingPointError(_not_finite(recipe, numbers, done, checkpoints.latest))
+            loss, divergence, _ = numbers.mean(axis=0).tolist()
             seconds = time.perf_counter() - clock
             speed = timed * job.batch * plan.context / seconds if timed else None
             row = LogRow(
                 done,
                 loss,
                 divergence if teaches else None,
-                float(learning_rate(recipe, step)),
+                float(rate(recipe, step)),
                 speed,
             )
             if is_first():
@@ -93,23 +109,31 @@ def train(plan: Plan, text: PackedText, folder: JobFolder, checkpoints: Checkpoi
             unread = []
             if saves:
                 checkpoints.save(state)
+            else:
+                checkpoints.list_finished()
             clock, timed = time.perf_counter(), 0
     return state
 
 
-def _mean_losses(unread: Sequence[Metrics], done: int, saved: int | None) -> tuple[float, float]:
-    """The mean loss on the next token, and the mean divergence."""
+def _numbers(unread: Sequence[Metrics]) -> Float64[np.ndarray, "steps 3"]:
+    """Loss on the next token, divergence and gradient norm of each step."""
     read = [
         (metrics.losses.next_token, metrics.losses.divergence, metrics.gradient_norm)
         for metrics in jax.device_get(unread)
     ]
-    numbers = np.array(read, np.float64)
-    bad = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
-    if bad.size:
-        loss, divergence, norm = numbers[bad[0]]
-        kept = "there is no checkpoint yet" if saved is None else f"step {saved} is kept"
-        raise FloatingPointError(
-            f"step {done - len(unread) + 1 + bad[0]} has loss {loss}, divergence {divergence} and "
-            f"gradient norm {norm}; {kept}; a smaller learning rate or a longer warmup may help"
-        )
-    return float(numbers[:, 0].mean()), float(numbers[:, 1].mean())
+    return np.array(read, np.float64)
+
+
+def _not_finite(
+    recipe: Recipe, numbers: Float64[np.ndarray, "steps 3"], done: int, saved: int | None
+) -> str:
+    """Says at which step a number is not finite, and what can be done."""
+    bad = np.flatnonzero(~np.isfinite(numbers).all(axis=1))[0]
+    loss, divergence, norm = numbers[bad]
+    kept = "there is no checkpoint yet" if saved is None else f"step {saved} is kept"
+    rate = "learning rate" if recipe.scope.trains_weights else "codec rate"
+    return (
+        f"step {done - len(numbers) + 1 + bad} has loss {loss}, divergence {divergence} and "
+        f"gradient norm {norm}; {kept}. The same job would probably come to this again: begin "
+        f"another, in another folder, with a smaller {rate} or a longer warmup"
+    )

@@ -36,17 +36,17 @@ class Job:
         trained: what trains, see `Scope`.
         rank: of the changes that "lora" trains; None is 16 there.
         next_token: how much the loss on the next token counts.
-        distillation: how much the divergence from the teacher counts; None is 1 with a cache or
-            a `teacher`, and 0 without.
+        distillation: how much the divergence from the teacher counts; None is 1 with a
+            `teacher` or a cache other than the exact one, and otherwise 0.
         teacher: the folder or hub id of a model of the same shape and tokenizer, to be imitated
             with exact attention; None is the model before training.
         batch: sequences in a step.
         context: tokens of a sequence; None takes the longest that the model is made for.
         microbatches: parts that a batch is computed in, one after the other.
-        learning_rate: its peak; None is 1e-3 from random weights and for "lora", and otherwise
-            1e-4 from a model's.
-        codec_rate: that of the key codec, as a fraction of the size of its arrays; None is 0.03
-            for "temperatures" and otherwise 0.003.
+        learning_rate: its peak, for what trains weights; None is 1e-3 from random weights and for
+            "lora", and otherwise 1e-4 from a model's.
+        codec_rate: that of the key codec, for a cache that has one, as a fraction of the size of
+            its arrays; None is 0.03 for "temperatures" and otherwise 0.003.
         warmup: steps in which it rises; None is one in twenty.
         weight_decay: of matrices.
         dtype: of the arithmetic.
@@ -131,7 +131,7 @@ class Job:
         if self.cache is None and self.trained in ("temperatures", "decoders"):
             problems.append(f"{self.trained} belong to a cache; name one")
         try:
-            _ = self.scope
+            problems += self._idle_rates(self.scope)
         except ValueError as error:
             problems.append(str(error))
         if problems:
@@ -163,6 +163,21 @@ class Job:
             remat=self.remat,
             scope=scope,
         )
+
+    def _idle_rates(self, scope: Scope) -> list[str]:
+        """What is wrong with rates that would change nothing."""
+        problems = []
+        if self.learning_rate is not None and not scope.trains_weights:
+            problems.append(
+                f"learning_rate={self.learning_rate} is that of weights, and with "
+                f"trained={self.trained!r} none train; set codec_rate instead"
+            )
+        if self.codec_rate is not None and not scope.codec_names:
+            problems.append(
+                f"codec_rate={self.codec_rate} is that of a key codec, and the cache "
+                f"{scope.spec.name!r} has none"
+            )
+        return problems
 
     @property
     def _distillation(self) -> float:

@@ -17,7 +17,7 @@ from h1bjax.calibrate import Calibration
 from h1bjax.calibration_file import find_calibration, is_calibratable, needs_calibration
 from h1bjax.checkpoint import load_parameters, resolve_model
 from h1bjax.config import LlamaConfig
-from h1bjax.fingerprint import file_sha256
+from h1bjax.fingerprint import file_sha256, weights_fingerprint
 from h1bjax.model import random_projections
 from h1bjax.sharding import parameter_sharding
 from h1bjax.tokenizer import Tokenizer
@@ -88,11 +88,17 @@ class Plan:
         return cls(job, config, source, teacher, tokenizer, end, context, calibration, placement)
 
     def settings(self) -> dict[str, Any]:
-        """What makes the job what it is: two jobs with the same settings are the same job."""
+        """What makes the job what it is: two jobs with the same settings are the same job.
+
+        Raises:
+            FileNotFoundError: there are no weights.
+            ValueError: the weights are not readable safetensors.
+        """
+        begin = "random weights" if self.job.model is None else weights_fingerprint(self.source)
         return {
             "config": self.config.to_hf(),
-            "begin": "random weights" if self.job.model is None else str(self.job.model),
-            "teacher": self.job.teacher,
+            "begin": begin,
+            "teacher": None if self.teacher is None else weights_fingerprint(self.teacher),
             "calibration": _digest(self.calibration),
             "tokenizer": file_sha256(self.source / "tokenizer.json"),
             "text": [file_sha256(file) for file in self.job.text],

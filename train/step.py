@@ -97,6 +97,11 @@ def learning_rate(recipe: Recipe, step: Int[Array, ""] | int) -> Float32[Array, 
     return recipe.learning_rate * _fraction(recipe, step)
 
 
+def codec_rate(recipe: Recipe, step: Int[Array, ""] | int) -> Float32[Array, ""]:
+    """The same for arrays of the key codec, as a fraction of their size."""
+    return recipe.codec_rate * _fraction(recipe, step)
+
+
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) for weights, and Adam for the codec, relative to its arrays' size.
 
@@ -116,7 +121,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
         optax.clip_by_global_norm(CLIPPED_NORM),
         optax.scale_by_adam(b1=BETA1, b2=BETA2),
         optax.scale_by_param_block_rms(SMALLEST_SIZE),
-        optax.scale_by_learning_rate(lambda step: recipe.codec_rate * _fraction(recipe, step)),
+        optax.scale_by_learning_rate(partial(codec_rate, recipe)),
     )
     return optax.multi_transform({"weights": weights, "codec": codec}, _kinds)
 

@@ -71,6 +71,11 @@ class Scope:
         return not self.spec.exact
 
     @property
+    def trains_weights(self) -> bool:
+        """Whether the model's weights change, and not only arrays of the key codec."""
+        return self.trained in ("lora", "everything")
+
+    @property
     def codec_names(self) -> tuple[str, ...]:
         """The arrays of the key codec that train, by the names of `CodecParameters`."""
         sketch = self.spec.sketch

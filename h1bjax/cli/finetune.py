@@ -73,14 +73,15 @@ def add_parser(commands: Any) -> None:
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="its peak; default: 1e-3 with --init and for lora, otherwise 1e-4",
+        help="its peak, where weights train; default: 1e-3 with --init and for lora, otherwise "
+        "1e-4",
     )
     parser.add_argument(
         "--codec-rate",
         type=float,
         metavar="RATE",
-        help="that of the key codec, as a fraction of the size of its arrays; default: 0.03 for "
-        "temperatures, otherwise 0.003",
+        help="that of the key codec, where the cache has one, as a fraction of the size of its "
+        "arrays; default: 0.03 for temperatures, otherwise 0.003",
     )
     parser.add_argument(
         "--warmup",
@@ -153,7 +154,7 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="W",
         help="weight of the divergence from the teacher, which attends exactly; default: 1 with "
-        "--cache or --teacher, otherwise 0",
+        "--teacher or a --cache other than exact, otherwise 0",
     )
     parser.add_argument(
         "--teacher",
