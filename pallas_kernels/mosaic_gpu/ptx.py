@@ -215,6 +215,11 @@ def pack_halves(low: F32, high: F32) -> I32:
     return _integer("cvt.rn.f16x2.f32 $0, $2, $1;", low, high)
 
 
+def scale_halves(halves: I32, factors: I32) -> I32:
+    """Products of two pairs of float16."""
+    return _integer("mul.rn.f16x2 $0, $1, $2;", halves, factors)
+
+
 def pack_bfloats(low: F32, high: F32) -> I32:
     """Two numbers rounded to bfloat16."""
     return _integer("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high)

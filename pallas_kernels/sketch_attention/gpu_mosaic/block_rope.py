@@ -1,5 +1,6 @@
 """Queries turned back by the positions of the RoPE blocks that a warp reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pallas_kernels.mosaic_gpu import ptx
@@ -52,6 +53,8 @@ class BlockQueries:
             assert plan.period is not None
             turns = ptx.turns_per_step(radians, plan.period)
             ptx.store(block.shared + shared.turns + index * 4, turns)
+            further = _cosine_and_sine(turns * plan.shared_blocks)
+            ptx.store(block.shared + shared.further + index * 8, *further)
             return carry
 
         loop(block.thread, I32.constant(plan.head_dim // 2), threads, [], turn)
@@ -61,7 +64,7 @@ class BlockQueries:
             head = reader.head_of(reader.row) + COLUMNS * number
             channels, own = reader.load_normalised(head, plan.groups)
             restore.append(own)
-            place = block.shared + shared.queries + head * (4 * plan.head_dim) + reader.column * 8
+            place = block.shared + shared.queries + head * plan.query_bytes + reader.column * 8
             _keep(place, channels, only=block.warp.equals(0) & head.less(plan.groups))
         return restore
 
@@ -113,45 +116,42 @@ class BlockQueries:
         return [word.as_float() for word in (*base, *bias)]
 
     def _rows(self, block: I32) -> tuple[list[list[I32]], list[F32]]:
-        """Turned queries as operands, and their product with the mean key."""
+        """Turned queries as operands, and their product with the mean key.
+
+        The second eight rows of an operand are other heads, or the same ones in later blocks:
+        those are turned further, always by the same angles.
+        """
         reader, plan = self.reader, self.reader.plan
         shared, half = plan.shared, plan.slices // 2
         head = reader.head_of(reader.row)
-        blocks = [block + reader.row // plan.stride] * 2
-        heads = [head, head]
-        if plan.operands > 1:
-            heads = [head, head + COLUMNS]
-        else:
-            blocks[1] = blocks[1] + plan.shared_blocks
-        lane_channel = reader.column * 8
+        own_block = block + reader.row // plan.stride
         sources = [
             reader.shared
             + shared.queries
-            + each.minimum(plan.groups - 1) * (4 * plan.head_dim)
-            + lane_channel
-            for each in heads
+            + (head + COLUMNS * number).minimum(plan.groups - 1) * plan.query_bytes
+            + reader.column * 8
+            for number in range(plan.operands)
         ]
         means = [F32.constant(0.0), F32.constant(0.0)]
         registers: list[list[I32]] = [[] for _ in range(plan.slices)]
         for part in range(half):
             for offset in (0, 32):
                 place = 64 * part + offset
-                turns = ptx.load(reader.shared + shared.turns + lane_channel, place, count=2)
+                lane_channel = reader.shared + reader.column * 8
+                turns = ptx.load(lane_channel + shared.turns, place, count=2)
                 mean = [
                     word.as_float()
                     for start in (place, place + 2 * plan.head_dim)
-                    for word in ptx.load(reader.shared + shared.mean + lane_channel, start, count=2)
+                    for word in ptx.load(lane_channel + shared.mean, start, count=2)
                 ]
-                for number, (source, index) in enumerate(zip(sources, blocks, strict=True)):
-                    first = [x.as_float() for x in ptx.load(source, place, count=2)]
-                    second = [
-                        x.as_float() for x in ptx.load(source, place + 2 * plan.head_dim, count=2)
-                    ]
-                    turned = [
-                        _turn_back(x, y, turn * index)
-                        for x, y, turn in zip(first, second, turns, strict=True)
-                    ]
-                    values = [x for x, _ in turned] + [y for _, y in turned]
+                angles = [_cosine_and_sine(turn * own_block) for turn in turns]
+                rows = [_turn_back(self._pairs(source, place), angles) for source in sources]
+                if plan.operands == 1:
+                    further = reader.shared + shared.further + reader.column * 16
+                    words = [word.as_float() for word in ptx.load(further, 2 * place, count=4)]
+                    rows.append(_turn_back(rows[0], [(words[0], words[1]), (words[2], words[3])]))
+                for number, pairs in enumerate(rows):
+                    values = [x for x, _ in pairs] + [y for _, y in pairs]
                     for value, weight in zip(values, mean, strict=True):
                         means[number] = ptx.fma(value, weight, means[number])
                     registers[part].append(ptx.pack_halves(*values[:2]))
@@ -163,17 +163,35 @@ class BlockQueries:
             totals.append(total)
         return registers, totals
 
+    def _pairs(self, source: I32, place: int) -> list[tuple[F32, F32]]:
+        """Two channels of a query, each with the one that RoPE turns it into."""
+        apart = 2 * self.reader.plan.head_dim
+        first, second = (
+            [word.as_float() for word in ptx.load(source, start, count=2)]
+            for start in (place, place + apart)
+        )
+        return list(zip(first, second, strict=True))
+
 
 def _keep(place: I32, channels: list[F32], *, only: Bool) -> None:
     for pair in range(len(channels) // 2):
         ptx.store(place, *channels[2 * pair : 2 * pair + 2], offset=32 * pair, only=only)
 
 
-def _turn_back(x: F32, y: F32, phase: I32) -> tuple[F32, F32]:
-    """A channel pair turned by minus a phase, which is in units of 2⁻³² turns."""
+def _cosine_and_sine(phase: I32) -> tuple[F32, F32]:
+    """Those of a phase in units of 2⁻³² turns."""
     angle = phase.to_float() * _RADIANS_PER_UNIT
-    cosine, sine = ptx.cosine(angle), ptx.sine(angle)
-    return ptx.fma(y, sine, x * cosine), ptx.fma(-x, sine, y * cosine)
+    return ptx.cosine(angle), ptx.sine(angle)
+
+
+def _turn_back(
+    pairs: Sequence[tuple[F32, F32]], angles: Sequence[tuple[F32, F32]]
+) -> list[tuple[F32, F32]]:
+    """Channel pairs turned by minus an angle each, of which cosine and sine are given."""
+    return [
+        (ptx.fma(y, sine, x * cosine), ptx.fma(-x, sine, y * cosine))
+        for (x, y), (cosine, sine) in zip(pairs, angles, strict=True)
+    ]
 
 
 def _times(number: I32 | int, factor: int) -> I32:

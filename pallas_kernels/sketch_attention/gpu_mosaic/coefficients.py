@@ -30,6 +30,7 @@ _WORTH_NIBBLES = sum(worth << 4 * m for m, worth in enumerate(_WORTH))
 _UNIT = 16
 # Coefficients are at most 2¹⁴, far from the largest float16 even before they are divided.
 _LARGEST = 14
+_FLOAT16_BIAS = 15
 
 
 def prepare_transform(
@@ -255,12 +256,13 @@ class QueryReader:
                     operand = words[2 * second : 2 * second + 2]
                     products[second] = ptx.multiply_halves(rows[part], operand, products[second])
             worth = (I32.constant(_WORTH_NIBBLES) >> ((item & 7) * 4)) & 15
-            shrink = ((I32.constant(127 + _LARGEST) - worth) << 23).as_float()
+            shrink = ((I32.constant(_FLOAT16_BIAS + _LARGEST) - worth) << 10) * _SPREAD
             # Product `8·read + m` gives half of what a lane reads at once.
             place_in = region + ((item >> 1) * 512 + (item & 1) * 8 + lane_bytes)
             for number in range(plan.sets):
+                # They are at most 1: float16 rounds them as well before the power of two as after.
                 halves = [
-                    ptx.pack_halves(*(x * shrink for x in product[2 * number : 2 * number + 2]))
+                    ptx.scale_halves(ptx.pack_halves(*product[2 * number : 2 * number + 2]), shrink)
                     for product in products
                 ]
                 ptx.store(place_in, *halves, offset=number * plan.key_reads * 2048)

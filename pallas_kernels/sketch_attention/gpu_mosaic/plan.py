@@ -105,6 +105,11 @@ class Plan:
         return self.products * self.slices * 512
 
     @property
+    def query_bytes(self) -> int:
+        """From one query to the next in shared memory, so that neighbours lie in other banks."""
+        return 4 * self.head_dim + 32
+
+    @property
     def value_words(self) -> int:
         """Words of a value's codes."""
         return words_per_column(self.head_dim, self.value_bits)
@@ -181,9 +186,10 @@ class Plan:
         sizes = {
             "tiles": self.warps * self.stages * self.tile_bytes,
             "transform": self.transform_bytes if finite else 0,
-            "queries": self.groups * self.head_dim * 4 if finite else 0,
+            "queries": self.groups * self.query_bytes if finite else 0,
             "mean": self.head_dim * 4 if finite else 0,
             "turns": self.head_dim * 2 if finite else 0,
+            "further": self.head_dim * 4 if finite else 0,
             "coefficients": self.coefficient_bytes * (self.warps if finite else 1),
             "columns": self.warps * self.column_bytes,
         }
@@ -215,6 +221,7 @@ class SharedMemory:
     queries: int
     mean: int
     turns: int
+    further: int
     coefficients: int
     columns: int
     size: int
