@@ -1,7 +1,6 @@
 """What the quality study scores every cache on, and how it writes down what it found."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from h1bjax.retrieval import (
     score_copies,
     score_key_values,
 )
+from h1bjax.whole_file import replace_text
 from h1bjax.window_scores import score_windows
 from h1bjax.windows import Windows, text_windows
 
@@ -135,6 +135,4 @@ def describe(config: LlamaConfig, spec: CacheSpec, context: int) -> dict[str, An
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Replaces the file at once, so that a killed study leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from h1bjax.fingerprint import file_sha256
 from h1bjax.json_file import read_json_object
+from h1bjax.whole_file import replace_text
 from train.processes import is_first
 from train.step import TrainState
 
@@ -92,11 +93,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if not is_first():
                 return
-            folder = self._folder / str(step)
-            listed = {name: file_sha256(folder / name) for name in _files(folder)}
-            unfinished = folder / f"{CHECKSUMS}.partial"
-            unfinished.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-            unfinished.rename(self._list(step))
+            listed = _checksums(self._folder / str(step))
+            replace_text(self._list(step), json.dumps(listed, indent=2) + "\n")
 
     def restore(self, shapes: TrainState, places: Any) -> TrainState | None:
         """The newest state that is not damaged; None where there is none.
@@ -160,10 +158,9 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """How the files differ from their list; None where they do not."""
-        folder = self._folder / str(step)
         try:
             listed = read_json_object(self._list(step))
-            found = {name: file_sha256(folder / name) for name in _files(folder)}
+            found = _checksums(self._folder / str(step))
         # Another process may be deleting the same checkpoint.
         except (ValueError, FileNotFoundError) as error:
             return str(error)
@@ -174,9 +171,7 @@ class Checkpoints:
         return None
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        str(file.relative_to(folder))
-        for file in folder.rglob("*")
-        if file.is_file() and file.parent != folder
-    )
+def _checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file in the folders of a checkpoint, by its path."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.parent != folder)
+    return {str(file.relative_to(folder)): file_sha256(file) for file in files}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from h1bjax.json_file import read_json_object
+from h1bjax.whole_file import replace_text
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,8 @@ class JobFolder:
         if self.record.is_file():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is whole, so that a folder never belongs to half a record.
-        written = self.path / "job.json.partial"
-        written.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        written.rename(self.record)
+        # A folder never belongs to half a record.
+        replace_text(self.record, json.dumps(settings, indent=2) + "\n")
 
 
 def _short(value: object) -> str:

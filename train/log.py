@@ -1,9 +1,12 @@
 """The record of a run: a CSV file with one row for every few steps."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+
+from h1bjax.whole_file import replace_text
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,11 @@ def read_log(path: Path) -> list[LogRow]:
 
 def write_log(path: Path, rows: Sequence[LogRow]) -> None:
     """Writes a log anew; the old one stays until the new one is whole."""
-    unfinished = path.with_name(f"{path.name}.partial")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_HEADER)
-        writer.writerows(map(astuple, rows))
-    unfinished.replace(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_HEADER)
+    writer.writerows(map(astuple, rows))
+    replace_text(path, text.getvalue())
 
 
 def append_log(path: Path, row: LogRow) -> None:
