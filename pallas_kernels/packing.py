@@ -25,6 +25,8 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int, Int32, Shaped,
 
 TOKEN_BLOCK = 128
 """Capacities are multiples of this many tokens."""
+VALUE_BITS = (4, 3, 2)
+"""Widths of a value's code."""
 
 _HALF = TOKEN_BLOCK // 2
 _WORD_BITS = 32

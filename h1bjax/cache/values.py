@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Array, BFloat16, Float, Int32, Key, Shaped
 
 from pallas_kernels.affine import dequantise, quantise
-from pallas_kernels.packing import words_per_column
+from pallas_kernels.packing import VALUE_BITS, words_per_column
 
 
 class EncodedValues(NamedTuple):
@@ -42,7 +42,7 @@ class QuantisedValues:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4):
+        if self.bits not in VALUE_BITS:
             raise ValueError(f"values of {self.bits} bits are not supported; use 4, 3 or 2")
         if self.group is not None and self.group <= 0:
             raise ValueError(f"groups of {self.group} channels must be positive")

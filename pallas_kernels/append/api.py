@@ -7,6 +7,7 @@ from pallas_kernels.append import reference
 from pallas_kernels.append.arguments import KeyEncoder, StoredTokens, Token
 from pallas_kernels.choice import Choice, Implementation
 from pallas_kernels.choice import choose as choose_implementation
+from pallas_kernels.expected import Expected, misshapen
 from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
 
 
@@ -78,7 +79,7 @@ def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:
     value_rows = kv_heads * words_per_column(head_dim, stored.values.bits)
     components = bits if encoder.magnitude is None else bits // 2
     per_head = (layers, kv_heads)
-    expected: dict[str, tuple[Array | None, tuple[int, ...]]] = {
+    expected: dict[str, Expected] = {
         "keys.words": (stored.keys.words, (*columns, kv_heads * (bits // 32), tokens)),
         "keys.scales": (stored.keys.scales, (*columns, 2 * kv_heads, tokens // 2)),
         "values.words": (stored.values.words, (*columns, value_rows, tokens)),
@@ -96,11 +97,7 @@ def _check(stored: StoredTokens, encoder: KeyEncoder, token: Token) -> None:
         window = (*columns, stored.window.keys.shape[2], kv_heads * head_dim)
         expected["window.keys"] = (stored.window.keys, window)
         expected["window.values"] = (stored.window.values, window)
-    problems = [
-        f"{name} has shape {array.shape}, expected {shape}"
-        for name, (array, shape) in expected.items()
-        if array is not None and array.shape != shape
-    ]
+    problems = misshapen(expected)
     words, halves = jnp.dtype(jnp.int32), jnp.dtype(jnp.uint16)
     dtypes: dict[str, tuple[Array | None, jnp.dtype]] = {
         "keys.words": (stored.keys.words, words),

@@ -6,6 +6,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32, Shaped
 from pallas_kernels.choice import Choice, Implementation
 from pallas_kernels.choice import choose as choose_implementation
 from pallas_kernels.exact_attention import reference
+from pallas_kernels.expected import misshapen
 from pallas_kernels.sketch_attention.partial import Partial
 
 
@@ -73,8 +74,7 @@ def _check(
         problems.append(f"{keys.shape[3]} channels are no multiple of the queries' {head_dim}")
     elif heads % kv_heads:
         problems.append(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
-    if stop.shape != (batch, queries):
-        problems.append(f"stop has shape {stop.shape}, expected {(batch, queries)}")
+    problems += misshapen({"stop": (stop, (batch, queries))})
     if problems:
         raise ValueError("exact_attention: " + "; ".join(problems))
 

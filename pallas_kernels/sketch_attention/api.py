@@ -4,12 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.choice import Implementation
-from pallas_kernels.packing import TOKEN_BLOCK, words_per_column
+from pallas_kernels.expected import Expected, misshapen
+from pallas_kernels.packing import TOKEN_BLOCK, VALUE_BITS, words_per_column
 from pallas_kernels.sketch_attention.arguments import PackedKeys, PackedValues, SketchQuery
 from pallas_kernels.sketch_attention.choice import choose, implementation_named
 from pallas_kernels.sketch_attention.partial import Partial
-
-VALUE_BITS = (4, 3, 2)
 
 
 def sketch_attention(
@@ -75,7 +74,7 @@ def _check(
         for name, (array, shape, dtype) in expected.items()
         if array.shape != shape or array.dtype != dtype
     ]
-    of_queries = {
+    of_queries: dict[str, Expected] = {
         "stop": (stop, (batch, queries)),
         "query.scale": (query.scale, (heads,)),
         "query.variance": (query.variance, (batch, queries, heads)),
@@ -85,11 +84,7 @@ def _check(
         of_queries["query.rope.mean"] = (query.rope.mean, (kv_heads, head_dim))
     if query.prepared is not None:
         of_queries["query.prepared.norm"] = (query.prepared.norm, (layers, kv_heads))
-    problems += [
-        f"{name} has shape {array.shape}, expected {shape}"
-        for name, (array, shape) in of_queries.items()
-        if array is not None and array.shape != shape
-    ]
+    problems += misshapen(of_queries)
     if bits % 32:
         problems.append(f"a sketch of {bits} bits does not pack into 32-bit words")
     if heads % kv_heads:
