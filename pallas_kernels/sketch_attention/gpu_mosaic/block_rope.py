@@ -132,26 +132,22 @@ class BlockQueries:
             + reader.column * 8
             for number in range(plan.operands)
         ]
+        channels = reader.shared + reader.column * 8
+        further = reader.shared + shared.further + reader.column * 16
         means = [F32.constant(0.0), F32.constant(0.0)]
         registers: list[list[I32]] = [[] for _ in range(plan.slices)]
         for part in range(half):
             for offset in (0, 32):
                 place = 64 * part + offset
-                lane_channel = reader.shared + reader.column * 8
-                turns = ptx.load(lane_channel + shared.turns, place, count=2)
-                mean = [
-                    word.as_float()
-                    for start in (place, place + 2 * plan.head_dim)
-                    for word in ptx.load(lane_channel + shared.mean, start, count=2)
-                ]
+                turns = ptx.load(channels + shared.turns, place, count=2)
+                mean = _in_order(self._pairs(channels + shared.mean, place))
                 angles = [_cosine_and_sine(turn * own_block) for turn in turns]
                 rows = [_turn_back(self._pairs(source, place), angles) for source in sources]
                 if plan.operands == 1:
-                    further = reader.shared + shared.further + reader.column * 16
                     words = [word.as_float() for word in ptx.load(further, 2 * place, count=4)]
                     rows.append(_turn_back(rows[0], [(words[0], words[1]), (words[2], words[3])]))
                 for number, pairs in enumerate(rows):
-                    values = [x for x, _ in pairs] + [y for _, y in pairs]
+                    values = _in_order(pairs)
                     for value, weight in zip(values, mean, strict=True):
                         means[number] = ptx.fma(value, weight, means[number])
                     registers[part].append(ptx.pack_halves(*values[:2]))
@@ -164,13 +160,18 @@ class BlockQueries:
         return registers, totals
 
     def _pairs(self, source: I32, place: int) -> list[tuple[F32, F32]]:
-        """Two channels of a query, each with the one that RoPE turns it into."""
+        """Two channels of a vector, each with the one that RoPE turns it into."""
         apart = 2 * self.reader.plan.head_dim
         first, second = (
             [word.as_float() for word in ptx.load(source, start, count=2)]
             for start in (place, place + apart)
         )
         return list(zip(first, second, strict=True))
+
+
+def _in_order(pairs: Sequence[tuple[F32, F32]]) -> list[F32]:
+    """The first channels of all pairs, then the second ones."""
+    return [x for x, _ in pairs] + [y for _, y in pairs]
 
 
 def _keep(place: I32, channels: list[F32], *, only: Bool) -> None:
