@@ -25,7 +25,7 @@ from h1bjax.model import random_projections
 from train.initialise import random_parameters
 from train.options import RANK
 from train.step import Recipe, initial_state, train_step
-from train.student import TRAINED, Origin, Scope, Trained, fixed_arrays, trained_arrays
+from train.student import OF_CODEC, TRAINED, Origin, Scope, Trained, fixed_arrays, trained_arrays
 
 TIMED = 10
 """Steps in a row that are timed together, so that the host is seldom waited for."""
@@ -61,7 +61,7 @@ def seconds_per_step(
 
 def scope_of(spec: CacheSpec, trained: Trained) -> Scope:
     """What trains for a cache: everything in place of what its keys have not."""
-    if spec.sketch is None and trained in ("temperatures", "decoders"):
+    if spec.sketch is None and trained in OF_CODEC:
         return Scope(spec)
     return Scope(spec, trained, RANK if trained == "lora" else None)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from h1bjax.cache import CacheSpec
 from train.step import Recipe
-from train.student import Scope, Trained
+from train.student import OF_CODEC, Scope, Trained
 
 RATE_FROM_RANDOM = 1e-3
 RATE_FROM_MODEL = 1e-4
@@ -128,7 +128,7 @@ class Job:
                 "a teacher belongs to a model that begins from weights, and teaches by "
                 "a distillation above 0"
             )
-        if self.cache is None and self.trained in ("temperatures", "decoders"):
+        if self.cache is None and self.trained in OF_CODEC:
             problems.append(f"{self.trained} belong to a cache; name one")
         try:
             problems += self._idle_rates(self.scope)

@@ -23,6 +23,8 @@ from h1bjax.parameters import ParameterInfo, decoder_parameters
 
 Trained = Literal["temperatures", "decoders", "lora", "everything"]
 TRAINED: tuple[Trained, ...] = get_args(Trained)
+OF_CODEC: tuple[Trained, ...] = ("temperatures", "decoders")
+"""What trains arrays of the key codec alone, and no weights."""
 
 CODEC, LORA, TEACHER = "codec/", "lora/", "teacher/"
 IN, OUT = "/in", "/out"
@@ -54,7 +56,7 @@ class Scope:
             raise ValueError(f"trained={self.trained!r} must be one of {', '.join(TRAINED)}")
         if (self.rank is not None) != (self.trained == "lora") or (self.rank or 1) < 1:
             raise ValueError(f"rank={self.rank} belongs to 'lora', where it is at least 1")
-        if self.trained in ("temperatures", "decoders") and not self.codec_names:
+        if not self.trains_weights and not self.codec_names:
             raise ValueError(
                 f"the cache {self.spec.name!r} has no {self.trained} to train: "
                 + (
@@ -73,7 +75,7 @@ class Scope:
     @property
     def trains_weights(self) -> bool:
         """Whether the model's weights change, and not only arrays of the key codec."""
-        return self.trained in ("lora", "everything")
+        return self.trained not in OF_CODEC
 
     @property
     def codec_names(self) -> tuple[str, ...]:
