@@ -47,3 +47,24 @@ def softmax_attention(
     weights = np.exp(seen - seen.max())
     total = weights.sum()
     return weights @ values[visible] / total, seen.max() + np.log(total)
+
+
+def assert_near(
+    found, output: np.ndarray, lse: np.ndarray, tolerance: float, *, rtol: float, atol: float
+) -> None:
+    """Holds an attention to an answer; rows that see nothing are 0, and known as such.
+
+    Args:
+        found: its output and log-sum-exp.
+        output: the answer's.
+        lse: likewise.
+        tolerance: error of the output as a whole.
+        rtol: of each log-sum-exp.
+        atol: likewise.
+    """
+    error = np.linalg.norm(found.output - output)
+    assert error <= tolerance * np.linalg.norm(output)
+    empty = np.isneginf(lse)
+    assert (np.isneginf(found.lse) == empty).all()
+    assert (np.asarray(found.output)[empty] == 0).all()
+    np.testing.assert_allclose(np.asarray(found.lse)[~empty], lse[~empty], rtol=rtol, atol=atol)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+from damage import flip_a_byte
 
 from train.checkpoint import CHECKSUMS, Checkpoints
 from train.step import TrainState
@@ -45,13 +46,6 @@ def folder(tmp_path):
         for step in (2, 3):
             checkpoints.save(state_of(step))
     return tmp_path / "checkpoints"
-
-
-def flip_a_byte(checkpoint):
-    file = max(checkpoint.rglob("d/*"), key=lambda file: file.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 OTHERS = [{"key": (4, 6)}, {"query": (4, 5)}, {"key": (4, 5), "query": (4, 5)}]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from damage import flip_a_byte, largest
 from toy import write_toy
 
 import train.loop
@@ -120,17 +121,6 @@ def test_a_killed_job_goes_on_to_the_same_bits(finished, files, tmp_path):
     assert [(row.step, row.loss, row.divergence) for row in rows] == [
         (row.step, row.loss, row.divergence) for row in expected
     ]
-
-
-def largest(folder):
-    return max(folder.rglob("d/*"), key=lambda file: file.stat().st_size)
-
-
-def flip_a_byte(folder):
-    file = largest(folder)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def cut_off(folder):
